@@ -1,0 +1,53 @@
+"""hmmlab: learn how a device shares a process's memory in Linux.
+
+    from hmmlab import Machine, Process, show
+
+    machine = Machine()
+    trace = machine.record()
+    process = Process(machine)
+    device = process.open(0)
+    a = process.mmap(16)
+    process.store(a, range(100, 116))
+    device.read(a)
+    show(trace)
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from hmmlab.model.driver import Driver
+from hmmlab.model.machine import BULK, KernelError, Machine
+from hmmlab.model.process import Process
+from hmmlab.model.region import Pages
+from hmmlab.model.test_hmm import Dmirror
+from hmmlab.model.trace import Replay, Step, Trace
+from hmmlab.scenario import ScenarioError, Session
+
+if TYPE_CHECKING:
+    from hmmlab.widgets import show
+
+__all__ = [
+    "BULK",
+    "Dmirror",
+    "Driver",
+    "KernelError",
+    "Machine",
+    "Pages",
+    "Process",
+    "Replay",
+    "ScenarioError",
+    "Session",
+    "Step",
+    "Trace",
+    "show",
+]
+
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    """Load the widgets, and with them ipywidgets, only when they are first used."""
+    if name == "show":
+        from hmmlab.widgets import show
+
+        return show
+    raise AttributeError(f"module 'hmmlab' has no attribute {name!r}")

@@ -1,0 +1,1 @@
+"""The model: a small Linux memory-management kernel in numpy. See ARCHITECTURE.md for its rooms."""

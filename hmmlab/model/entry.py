@@ -1,0 +1,231 @@
+"""Bit layouts: the x86-64 PTE, swap-type entries, hmm_pfn, MIGRATE_PFN and the device's PTE.
+
+Every function here works on whole arrays: words are uint64 of any shape, masks are bool of that
+shape, frame numbers are int64 of that shape. A present word is what the CPU's page walker reads:
+
+    bit  0  PRESENT       bit  5  ACCESSED    bit  9  SPECIAL (no struct page behind it)
+    bit  1  RW            bit  6  DIRTY       bit 11  SOFT_DIRTY
+    bit  2  USER          bit  8  PROTNONE    bit 63  NX
+    bits 12-45  page frame number (stored inverted while PRESENT is clear)
+
+A word that is neither empty nor present is a swap-type entry:
+
+    bits 59-63  type      bits 9-58  offset, inverted     bit 3  EXCLUSIVE     bit 1  SOFT_DIRTY
+
+Source: arch/x86/include/asm/pgtable_types.h, pgtable_64.h, include/linux/swapops.h, hmm.h,
+migrate.h of Linux 6.1.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hmmlab.model.geometry import MAX_PHYSMEM_BITS, PAGE_SHIFT
+
+__all__ = [
+    "ACCESSED",
+    "DEVICE_ATOMIC",
+    "DEVICE_VALID",
+    "DEVICE_WRITE",
+    "DIRTY",
+    "HMM_PFN_ERROR",
+    "HMM_PFN_FLAGS",
+    "HMM_PFN_ORDER_SHIFT",
+    "HMM_PFN_REQ_FAULT",
+    "HMM_PFN_REQ_WRITE",
+    "HMM_PFN_VALID",
+    "HMM_PFN_WRITE",
+    "MIGRATE_PFN_MIGRATE",
+    "MIGRATE_PFN_VALID",
+    "MIGRATE_PFN_WRITE",
+    "NX",
+    "PFN_MASK",
+    "PRESENT",
+    "PROTNONE",
+    "RW",
+    "SOFT_DIRTY",
+    "SPECIAL",
+    "SWP_DEVICE_EXCLUSIVE_READ",
+    "SWP_DEVICE_EXCLUSIVE_WRITE",
+    "SWP_DEVICE_READ",
+    "SWP_DEVICE_WRITE",
+    "SWP_MIGRATION_READ",
+    "SWP_MIGRATION_READ_EXCLUSIVE",
+    "SWP_MIGRATION_WRITE",
+    "SWP_MIG_DIRTY",
+    "SWP_MIG_YOUNG",
+    "SWP_SOFT_DIRTY",
+    "TABLE",
+    "USER",
+    "Bools",
+    "Pfns",
+    "Words",
+    "device_pfn",
+    "device_word",
+    "hmm_pfn_to_pfn",
+    "is_device_private",
+    "is_migration",
+    "is_present",
+    "is_swap_type",
+    "migrate_pfn",
+    "migrate_pfn_to_pfn",
+    "pfn_of",
+    "present_word",
+    "swap_offset",
+    "swap_offset_pfn",
+    "swap_type",
+    "swap_word",
+    "with_protection",
+]
+
+Words = NDArray[np.uint64]
+Bools = NDArray[np.bool_]
+Pfns = NDArray[np.int64]
+
+# --- present words --------------------------------------------------------------------------------
+PRESENT = 1 << 0
+RW = 1 << 1
+USER = 1 << 2
+ACCESSED = 1 << 5
+DIRTY = 1 << 6
+PROTNONE = 1 << 8
+SPECIAL = 1 << 9
+SOFT_DIRTY = 1 << 11
+NX = 1 << 63
+PFN_MASK = ((1 << MAX_PHYSMEM_BITS) - 1) & ~((1 << PAGE_SHIFT) - 1)
+
+#: Flags of a word that points to a table: PRESENT, RW, USER, ACCESSED, DIRTY.
+TABLE = 0x67
+
+#: What a change of protection keeps of a word (``_PAGE_CHG_MASK``).
+_KEPT_BY_PROTECTION = SPECIAL | ACCESSED | DIRTY | SOFT_DIRTY
+
+# --- swap-type entries (MAX_SWAPFILES is 23 in the reference configuration) -----------------------
+SWP_MIGRATION_READ = 23
+SWP_MIGRATION_READ_EXCLUSIVE = 24
+SWP_MIGRATION_WRITE = 25
+SWP_DEVICE_WRITE = 26
+SWP_DEVICE_READ = 27
+SWP_DEVICE_EXCLUSIVE_WRITE = 28
+SWP_DEVICE_EXCLUSIVE_READ = 29
+
+SWP_SOFT_DIRTY = 1 << 1
+
+_TYPE_SHIFT = 59
+_OFFSET_SHIFT = 9
+_OFFSET_BITS = _TYPE_SHIFT - _OFFSET_SHIFT
+_OFFSET_MASK = (1 << _OFFSET_BITS) - 1
+_SWP_PFN_BITS = MAX_PHYSMEM_BITS - PAGE_SHIFT
+_SWP_PFN_MASK = (1 << _SWP_PFN_BITS) - 1
+
+#: Bits of a migration entry's offset: the PTE it replaced was accessed, or dirty.
+SWP_MIG_YOUNG = 1 << _SWP_PFN_BITS
+SWP_MIG_DIRTY = 1 << (_SWP_PFN_BITS + 1)
+
+# --- hmm_pfns (the request and the answer share the bits) -----------------------------------------
+HMM_PFN_VALID = HMM_PFN_REQ_FAULT = 1 << 63
+HMM_PFN_WRITE = HMM_PFN_REQ_WRITE = 1 << 62
+HMM_PFN_ERROR = 1 << 61
+HMM_PFN_ORDER_SHIFT = 56
+HMM_PFN_FLAGS = 0xFF << HMM_PFN_ORDER_SHIFT
+
+# --- migrate_vma src and dst ----------------------------------------------------------------------
+MIGRATE_PFN_VALID = 1 << 0
+MIGRATE_PFN_MIGRATE = 1 << 1
+MIGRATE_PFN_WRITE = 1 << 3
+_MIGRATE_PFN_SHIFT = 6
+
+# --- the page table of the test device: the tags of its xarray as bits ----------------------------
+DEVICE_VALID = 1 << 0
+DEVICE_WRITE = 1 << 1
+DEVICE_ATOMIC = 1 << 2
+
+
+def is_present(words: Words) -> Bools:
+    """Whether the kernel counts a word as present: PRESENT or, for PROT_NONE, PROTNONE."""
+    return (words & (PRESENT | PROTNONE)) != 0
+
+
+def is_swap_type(words: Words) -> Bools:
+    """Whether a word is neither empty nor present (``is_swap_pte``)."""
+    return (words != 0) & ~is_present(words)
+
+
+def present_word(pfns: Pfns | int, prot: int) -> Words:
+    """Word that maps ``pfns`` with the bits ``prot`` (``pfn_pte``)."""
+    field = (np.asarray(pfns, np.int64) << PAGE_SHIFT).astype(np.uint64)
+    if not prot & PRESENT:
+        field = ~field & np.uint64(PFN_MASK)
+    return field | np.uint64(prot)
+
+
+def pfn_of(words: Words) -> Pfns:
+    """Frame number that a present word names (``pte_pfn``)."""
+    flipped = np.where((words & PRESENT) != 0, words, ~words)
+    return ((flipped & np.uint64(PFN_MASK)) >> np.uint64(PAGE_SHIFT)).astype(np.int64)
+
+
+def with_protection(words: Words, prot: int) -> Words:
+    """Present words with the protection bits ``prot`` (``pte_modify``)."""
+    return present_word(pfn_of(words), prot) | (words & np.uint64(_KEPT_BY_PROTECTION))
+
+
+def swap_word(types: NDArray[np.integer] | int, offsets: Pfns) -> Words:
+    """Swap-type word of ``types`` and ``offsets`` (``swp_entry_to_pte``)."""
+    inverted = (~np.asarray(offsets, np.int64) & _OFFSET_MASK).astype(np.uint64)
+    return (np.asarray(types).astype(np.uint64) << np.uint64(_TYPE_SHIFT)) | (
+        inverted << np.uint64(_OFFSET_SHIFT)
+    )
+
+
+def swap_type(words: Words) -> NDArray[np.int64]:
+    """Type of a swap-type word."""
+    return (words >> np.uint64(_TYPE_SHIFT)).astype(np.int64)
+
+
+def swap_offset(words: Words) -> NDArray[np.int64]:
+    """Offset of a swap-type word, flags of a migration entry included."""
+    return ((~words >> np.uint64(_OFFSET_SHIFT)) & np.uint64(_OFFSET_MASK)).astype(np.int64)
+
+
+def swap_offset_pfn(words: Words) -> Pfns:
+    """Frame number that a migration or device entry names (``swp_offset_pfn``)."""
+    return swap_offset(words) & _SWP_PFN_MASK
+
+
+def is_device_private(words: Words) -> Bools:
+    """Whether a swap-type word names a device-private page, writable or not."""
+    kind = swap_type(words)
+    return (kind == SWP_DEVICE_WRITE) | (kind == SWP_DEVICE_READ)
+
+
+def is_migration(words: Words) -> Bools:
+    """Whether a swap-type word is a migration entry of any kind."""
+    kind = swap_type(words)
+    return (kind >= SWP_MIGRATION_READ) & (kind <= SWP_MIGRATION_WRITE)
+
+
+def hmm_pfn_to_pfn(hmm_pfns: Words) -> Pfns:
+    """Frame number in an hmm_pfn."""
+    return (hmm_pfns & np.uint64((1 << HMM_PFN_ORDER_SHIFT) - 1)).astype(np.int64)
+
+
+def migrate_pfn(pfns: Pfns) -> Words:
+    """A src or dst entry that names ``pfns`` (``migrate_pfn``: VALID is set)."""
+    return (pfns.astype(np.uint64) << np.uint64(_MIGRATE_PFN_SHIFT)) | np.uint64(MIGRATE_PFN_VALID)
+
+
+def migrate_pfn_to_pfn(entries: Words) -> Pfns:
+    """Frame number of a src or dst entry that has VALID."""
+    return (entries >> np.uint64(_MIGRATE_PFN_SHIFT)).astype(np.int64)
+
+
+def device_word(pfns: Pfns, flags: NDArray[np.uint64] | int) -> Words:
+    """Word of a device page table: the backing page's frame and its DEVICE_* flags."""
+    return (pfns.astype(np.uint64) << np.uint64(PAGE_SHIFT)) | np.asarray(flags, np.uint64)
+
+
+def device_pfn(words: Words) -> Pfns:
+    """Frame number in a device page-table word."""
+    return (words >> np.uint64(PAGE_SHIFT)).astype(np.int64)

@@ -1,0 +1,286 @@
+"""hmm_range_fault: look at a range of an address space, and fault in what the caller asks for.
+
+A walk goes over the mappings, and within a mapping over runs of page-table words. The first page
+that lacks what is asked of it stops the walk: the rest of its chunk (its page table, or the hole it
+lies in) is faulted, and the walk goes on from there. All words before that page hold answers then,
+all from it on still hold requests.
+
+Source: mm/hmm.c, mm/pagewalk.c.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from hmmlab.model.entry import (
+    HMM_PFN_ERROR,
+    HMM_PFN_REQ_FAULT,
+    HMM_PFN_REQ_WRITE,
+    HMM_PFN_VALID,
+    HMM_PFN_WRITE,
+    PRESENT,
+    RW,
+    SWP_DEVICE_WRITE,
+    Bools,
+    Words,
+    is_device_private,
+    is_migration,
+    is_present,
+    is_swap_type,
+    pfn_of,
+    swap_offset_pfn,
+    swap_type,
+)
+from hmmlab.model.geometry import LEVEL_PAGES, PMD_PAGES, align_down
+from hmmlab.model.machine import KernelError, Machine, Routine, kernel
+from hmmlab.model.memory import handle_mm_fault
+from hmmlab.model.mm_types import (
+    VM_IO,
+    VM_PFNMAP,
+    VM_READ,
+    VM_WRITE,
+    Vma,
+    find_vma,
+    mm_root,
+    vma_at,
+)
+from hmmlab.model.mmu_notifier import mmu_interval_check_retry
+from hmmlab.model.page import pagemap_of
+from hmmlab.model.page_table import Run, walk
+
+__all__ = ["HmmRange", "hmm_range_fault"]
+
+_EBUSY, _EFAULT, _EINVAL, _EPERM = 16, 14, 22, 1
+
+
+@dataclass
+class HmmRange:
+    """A request and its answer (``struct hmm_range``).
+
+    Attributes
+    ----------
+    mm
+        Address space to look at.
+    notifier
+        Number of the interval subscription that covers the range.
+    notifier_seq
+        What ``mmu_interval_read_begin`` returned.
+    start, end
+        Pages ``start`` to ``end - 1``.
+    hmm_pfns
+        uint64 of shape (end - start,): HMM_PFN_REQ_* for each page when called, HMM_PFN_* and
+        frame numbers afterwards. Request and answer share the bits.
+    default_flags, pfn_flags_mask
+        A page's request is ``(hmm_pfns & pfn_flags_mask) | default_flags``.
+    dev_private_owner
+        Device whose private pages are reported and not faulted back; 0 for none.
+    """
+
+    mm: int
+    notifier: int
+    notifier_seq: int
+    start: int
+    end: int
+    hmm_pfns: Words
+    default_flags: int = 0
+    pfn_flags_mask: int = 0
+    dev_private_owner: int = 0
+
+    def request(self, start: int, end: int) -> Words:
+        """What is asked of pages ``start`` to ``end - 1``."""
+        asked = self.hmm_pfns[start - self.start : end - self.start]
+        return (asked & np.uint64(self.pfn_flags_mask)) | np.uint64(self.default_flags)
+
+    @property
+    def asks(self) -> bool:
+        """Whether any page may be asked for at all; a snapshot asks for none."""
+        return bool((self.default_flags | self.pfn_flags_mask) & HMM_PFN_REQ_FAULT)
+
+    def fill(self, start: int, end: int, value: int | Words) -> None:
+        """Answer for pages ``start`` to ``end - 1``."""
+        self.hmm_pfns[start - self.start : end - self.start] = value
+
+
+class _Again(Exception):
+    """Something was faulted or waited for: walk again from ``last``."""
+
+    def __init__(self, last: int) -> None:
+        self.last = last
+
+
+@kernel("mm/hmm.c")
+def hmm_range_fault(machine: Machine, range: HmmRange) -> Routine[None]:
+    """Answer a request; the caller holds the mmap_lock.
+
+    Raises
+    ------
+    KernelError
+        EBUSY when the range was invalidated since ``read_begin``: begin again. EFAULT where a page
+        is asked for that cannot be had: no mapping, no read permission, a failing fault. EPERM
+        where a write is asked for and the mapping forbids it. EINVAL for an empty range.
+    """
+    if range.start >= range.end:
+        raise KernelError(_EINVAL, f"range of pages {range.start:#x} to {range.end:#x}")
+    last = range.start
+    while True:
+        if mmu_interval_check_retry(machine, range.notifier, range.notifier_seq):
+            raise KernelError(_EBUSY, "the range was invalidated meanwhile")
+        try:
+            yield from walk_page_range(machine, range, last)
+            return
+        except _Again as again:
+            last = again.last
+
+
+@kernel("mm/pagewalk.c")
+def walk_page_range(machine: Machine, range: HmmRange, start: int) -> Routine[None]:
+    """Walk from page ``start`` to the end of the range, mapping by mapping."""
+    at = start
+    while at < range.end:
+        vma = find_vma(machine, range.mm, at)
+        if vma is None or vma.start > at:
+            end = min(range.end, vma.start) if vma else range.end
+            machine.called("hmm_vma_walk_hole")
+            if _needs_any(range, at, end):
+                place = machine.names.place(range.mm, at, end)
+                raise KernelError(_EFAULT, f"{place}: asked for, and not mapped")
+            range.fill(at, end, HMM_PFN_ERROR)
+        else:
+            end = min(range.end, vma.end)
+            machine.called("hmm_vma_walk_test")
+            if vma.flags & (VM_IO | VM_PFNMAP) or not vma.flags & VM_READ:
+                if _needs_any(range, at, end):
+                    place = machine.names.place(range.mm, at, end)
+                    raise KernelError(_EFAULT, f"{place}: asked for, and {vma.permissions}")
+                range.fill(at, end, HMM_PFN_ERROR)
+            else:
+                for run in walk(machine, mm_root(machine, range.mm), at, end):
+                    if run.row < 0:
+                        yield from _walk_hole(machine, range, vma, run)
+                    else:
+                        yield from hmm_vma_walk_pmd(machine, range, vma, run)
+        yield machine.step("It has looked at {range}.", range.mm, at, end)
+        at = end
+
+
+def _needs_any(range: HmmRange, start: int, end: int) -> bool:
+    """Whether any page of an absent stretch is asked for."""
+    return range.asks and bool((range.request(start, end) & HMM_PFN_REQ_FAULT).any())
+
+
+def _walk_hole(machine: Machine, range: HmmRange, vma: Vma, run: Run) -> Routine[None]:
+    """Pages with no page table: nothing is there, entry by entry of the level that is empty."""
+    pages = LEVEL_PAGES[run.level]
+    asked = range.request(run.start, run.stop) if range.asks else np.zeros(0, np.uint64)
+    wanted = np.flatnonzero(asked & np.uint64(HMM_PFN_REQ_FAULT))
+    stop = max(run.start, align_down(run.start + int(wanted[0]), pages)) if wanted.size else run.stop
+    machine.called("hmm_vma_walk_hole", -(-stop // pages) - run.start // pages)
+    range.fill(run.start, stop, 0)
+    if wanted.size:
+        end = min(run.stop, align_down(stop, pages) + pages)
+        yield from hmm_vma_walk_hole(machine, range, vma, stop, end)
+
+
+@kernel("mm/hmm.c")
+def hmm_vma_walk_hole(
+    machine: Machine, range: HmmRange, vma: Vma, start: int, end: int
+) -> Routine[None]:
+    """A hole in which a page is asked for: the whole of it is faulted, for writing if any is."""
+    both = np.uint64(HMM_PFN_REQ_FAULT | HMM_PFN_REQ_WRITE)
+    write = bool(((range.request(start, end) & both) == both).any())
+    yield from hmm_vma_fault(machine, vma, start, end, write)
+
+
+@kernel("mm/hmm.c")
+def hmm_vma_walk_pmd(machine: Machine, range: HmmRange, vma: Vma, run: Run) -> Routine[None]:
+    """Pages with page tables: answer up to the first that lacks something, and fault from there."""
+    words = machine["pte"][run.row : run.row + run.stop - run.start]
+    answers, cpu_flags, final = _answers(machine, range, words)
+    stop = words.size
+    if range.asks:
+        asked = range.request(run.start, run.stop)
+        lacking = _lacking(asked, cpu_flags) & ~final
+        first = np.flatnonzero(lacking)
+        stop = int(first[0]) if first.size else stop
+    range.fill(run.start, run.start + stop, answers[:stop])
+    at = run.start + stop
+    tables = (min(at, run.stop - 1) // PMD_PAGES) - run.start // PMD_PAGES
+    # The tables before the one that stopped the walk were calls of their own.
+    machine.called("hmm_vma_walk_pmd", tables, up=1)
+    if stop == words.size:
+        return
+    word = words[stop : stop + 1]
+    if is_swap_type(word)[0] and is_migration(word)[0]:
+        yield machine.step(
+            "It waits until the migration of {range} ends.",
+            range.mm,
+            at,
+            at + 1,
+            lock="migration_entry_wait",
+        )
+        raise _Again(at)
+    write = bool(asked[stop] & HMM_PFN_REQ_WRITE) and not cpu_flags[stop] & HMM_PFN_WRITE
+    end = min(run.stop, align_down(at, PMD_PAGES) + PMD_PAGES)
+    yield from hmm_vma_fault(machine, vma, at, end, write)
+
+
+def _lacking(asked: Words, cpu_flags: Words) -> Bools:
+    """Which pages lack what is asked of them (``hmm_pte_need_fault``)."""
+    no_write = ((asked & HMM_PFN_REQ_WRITE) != 0) & ((cpu_flags & HMM_PFN_WRITE) == 0)
+    no_page = (cpu_flags & HMM_PFN_VALID) == 0
+    return ((asked & HMM_PFN_REQ_FAULT) != 0) & (no_write | no_page)
+
+
+def _answers(machine: Machine, range: HmmRange, words: Words) -> tuple[Words, Words, Bools]:
+    """The hmm_pfns of some words, their flags, and which are final whatever is asked.
+
+    A device-private page of the caller's own device is final: it is never faulted, not even for a
+    write that its entry does not allow.
+    """
+    valid = (words & PRESENT) != 0
+    flags = np.where(valid, np.uint64(HMM_PFN_VALID), np.uint64(0))
+    flags |= np.where(valid & ((words & RW) != 0), np.uint64(HMM_PFN_WRITE), np.uint64(0))
+    present = valid | is_present(words)
+    answers = np.where(present, pfn_of(words).astype(np.uint64), np.uint64(0)) | flags
+    final = np.zeros(words.size, np.bool_)
+    other = np.flatnonzero(~present & (words != 0))
+    if other.size:
+        entries = words[other]
+        pfns = swap_offset_pfn(entries)
+        owners = machine["pagemap.owner"][pagemap_of(machine, pfns)]
+        own = is_device_private(entries) & (owners == range.dev_private_owner) & (owners != 0)
+        writable = np.where(
+            swap_type(entries) == SWP_DEVICE_WRITE, np.uint64(HMM_PFN_WRITE), np.uint64(0)
+        )
+        mine = other[own]
+        flags[mine] = np.uint64(HMM_PFN_VALID) | writable[own]
+        answers[mine] = pfns[own].astype(np.uint64) | flags[mine]
+        final[mine] = True
+    return answers, flags, final
+
+
+@kernel("mm/hmm.c")
+def hmm_vma_fault(
+    machine: Machine, vma: Vma, start: int, end: int, write: bool
+) -> Routine[None]:
+    """Fault every page of a chunk, the ones that are there already too.
+
+    Raises
+    ------
+    KernelError
+        EPERM when writing is forbidden; EFAULT when a fault fails.
+    """
+    if write and not vma.flags & VM_WRITE:
+        place = machine.names.place(vma.mm, start, start + 1)
+        raise KernelError(_EPERM, f"{place}: the mapping is {vma.permissions}")
+    for first, last in machine.chunks(start, end):
+        with machine.bulk(last - first):
+            try:
+                yield from handle_mm_fault(
+                    machine, vma_at(machine, vma.row), np.arange(first, last), write, remote=True
+                )
+            except KernelError as error:
+                raise KernelError(_EFAULT, str(error)) from error
+    raise _Again(start)

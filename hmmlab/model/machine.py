@@ -1,0 +1,433 @@
+"""The machine: every column, the one door through which they change, and who runs.
+
+Rooms declare their columns with :meth:`Machine.declare` when they are imported; a new machine has
+them all. Kernel and driver code is written as generators marked with :func:`kernel`; each yields a
+:class:`~hmmlab.model.trace.Step` where another CPU or the device could run. :meth:`Machine.run`
+drives one to its end; :mod:`hmmlab.model.schedule` interleaves several.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno as errno_names
+import functools
+import warnings
+from collections.abc import Callable, Generator, Iterable, Iterator
+from typing import Any, ClassVar, Concatenate, ParamSpec, TypeVar
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from hmmlab.model.geometry import USER_VPN_END
+from hmmlab.model.state import Rows, State
+from hmmlab.model.trace import Names, Observer, Step, Trace
+
+__all__ = [
+    "BULK",
+    "Actor",
+    "KernelError",
+    "Machine",
+    "Routine",
+    "Steps",
+    "StepsOf",
+    "UnrunOperationWarning",
+    "kernel",
+    "operation",
+]
+
+P = ParamSpec("P")
+S = TypeVar("S")
+R = TypeVar("R")
+
+#: The type of a kernel function: it yields steps and returns an answer.
+Routine = Generator[Step, None, R]
+
+#: A grain without bound: as many iterations of a loop as commute become one step.
+BULK = 1 << 62
+
+#: RAM of the recordings' machine: 4 GiB.
+DEFAULT_RAM_PAGES = 1 << 20
+
+
+class KernelError(Exception):
+    """What the kernel answers where it refuses: an errno, or the signal that kills the task.
+
+    Attributes
+    ----------
+    errno
+        The positive errno (14 for EFAULT), or 0 when a signal was sent.
+    signal
+        Number of the signal (11 for SIGSEGV), or 0.
+    """
+
+    def __init__(self, errno: int, message: str, *, signal: int = 0) -> None:
+        self.errno, self.signal = errno, signal
+        name = errno_names.errorcode.get(errno) or {11: "SIGSEGV", 7: "SIGBUS"}.get(signal, "?")
+        super().__init__(f"{name}: {message}")
+
+
+class UnrunOperationWarning(UserWarning):
+    """Steps were made and dropped, and nothing happened: run them, or iterate over them."""
+
+
+class Actor:
+    """Who runs an operation: a name, and the kernel functions it is in."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.stack: list[str] = []
+        self.entered: list[tuple[int, str]] = []
+
+    def enter(self, function: str, times: int = 1, up: int = 0) -> None:
+        """Note that ``function`` is called ``times`` times, by the function ``up`` levels out."""
+        self.entered.extend([(len(self.stack) - up, function)] * times)
+
+    def __repr__(self) -> str:
+        return f"Actor({self.name!r})"
+
+
+def kernel(
+    source: str, name: str = ""
+) -> Callable[[Callable[P, Routine[R]]], Callable[P, Routine[R]]]:
+    """Mark a generator as a function of the kernel or of a driver.
+
+    Its first argument is the machine, or an object that has one as ``machine``.
+
+    Parameters
+    ----------
+    source
+        The file it is after, such as ``mm/mprotect.c``.
+    name
+        Its name there, when it differs from the Python name.
+    """
+
+    def mark(function: Callable[P, Routine[R]]) -> Callable[P, Routine[R]]:
+        called = name or function.__name__
+
+        @functools.wraps(function)
+        def traced(*args: P.args, **kwargs: P.kwargs) -> Routine[R]:
+            first: Any = args[0]
+            actor = (first if isinstance(first, Machine) else first.machine).actor
+            actor.enter(called)
+            actor.stack.append(called)
+            try:
+                return (yield from function(*args, **kwargs))
+            finally:
+                actor.stack.pop()
+
+        traced.source = source  # type: ignore[attr-defined]
+        return traced
+
+    return mark
+
+
+class Steps(Iterator[Step]):
+    """An operation that has not happened yet. Iterate over its steps, or call :meth:`run`.
+
+    Attributes
+    ----------
+    result
+        What the operation returned, once it has ended.
+    """
+
+    def __init__(self, machine: Machine, text: str, actor: Actor, body: Routine[Any]) -> None:
+        self.machine, self.text, self.actor, self._body = machine, text, actor, body
+        self.started = self.ended = False
+        self.result: Any = None
+
+    def __repr__(self) -> str:
+        state = "ended" if self.ended else "running" if self.started else "not started"
+        return f"Steps({self.text!r}, {state})"
+
+    def __next__(self) -> Step:
+        if self.ended:
+            raise StopIteration
+        machine = self.machine
+        outer, machine.actor = machine.actor, self.actor
+        try:
+            if not self.started:
+                self.started = True
+                machine.tell("began", self.text, self.actor.name)
+            step = next(self._body)
+        except StopIteration as stop:
+            self._end(stop.value)
+            raise
+        except KernelError as error:
+            self._end(error)
+            raise
+        finally:
+            machine.actor = outer
+        machine.tell("stepped", step)
+        return step
+
+    def _end(self, result: Any) -> None:
+        self.ended, self.result = True, result
+        self.machine.tell("ended", result)
+
+    def run(self) -> Any:
+        """Run to the end and return the operation's answer.
+
+        Raises
+        ------
+        KernelError
+            What the kernel refuses.
+        RuntimeError
+            When it waits for a lock that nobody will release.
+        """
+        for step in self:
+            if step.lock:
+                raise RuntimeError(f"{self.actor.name} waits for {step.lock}, and nobody else runs")
+        return self.result
+
+    def __del__(self) -> None:
+        if not self.started and not self.ended:
+            warnings.warn(
+                f"the steps of {self.text!r} were never run", UnrunOperationWarning, stacklevel=2
+            )
+
+
+def operation(
+    plan: Callable[Concatenate[S, P], tuple[str, Routine[R]]],
+) -> Callable[Concatenate[S, P], R]:
+    """Make a public method of a plan: a method that returns a description and a routine.
+
+    ``thing.method(...)`` runs the routine and returns its answer; ``thing.steps.method(...)``
+    returns it as :class:`Steps` instead. ``thing`` has a ``machine`` and an ``actor``.
+    """
+
+    @functools.wraps(plan)
+    def run(self: S, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        answer: R = _prepare(self, plan, *args, **kwargs).run()
+        return answer
+
+    run.plan = plan  # type: ignore[attr-defined]
+    return run
+
+
+def _prepare(thing: Any, plan: Callable[..., tuple[str, Routine[Any]]], *args: Any, **kw: Any) -> Steps:
+    text, body = plan(thing, *args, **kw)
+    return Steps(thing.machine, text, thing.actor, body)
+
+
+class StepsOf:
+    """The operations of a thing, each returned as :class:`Steps` and not run."""
+
+    def __init__(self, thing: Any) -> None:
+        self._thing = thing
+
+    def __getattr__(self, name: str) -> Callable[..., Steps]:
+        plan = getattr(getattr(type(self._thing), name, None), "plan", None)
+        if plan is None:
+            raise AttributeError(f"{type(self._thing).__name__} has no operation {name!r}")
+        return functools.partial(_prepare, self._thing, plan)
+
+    def __dir__(self) -> list[str]:
+        kind = type(self._thing)
+        return [name for name in dir(kind) if hasattr(getattr(kind, name), "plan")]
+
+
+class Machine(State):
+    """A small Linux memory-management kernel.
+
+    Parameters
+    ----------
+    ram_pages
+        Pages of RAM, in two NUMA nodes of half each; the default is the recordings' 4 GiB.
+    grain
+        How many iterations of a kernel loop one step takes: 1 shows every page, :data:`BULK` (the
+        default) takes as many at once as commute. The columns, the answers and the order of the
+        events are the same at every grain.
+
+    Raises
+    ------
+    ValueError
+        When ``ram_pages`` or ``grain`` is too small.
+    """
+
+    _declared: ClassVar[dict[str, tuple[DTypeLike, str]]] = {}
+    _boot: ClassVar[list[Callable[[Machine], None]]] = []
+
+    def __init__(self, ram_pages: int = DEFAULT_RAM_PAGES, *, grain: int = BULK) -> None:
+        if not 16 <= ram_pages <= USER_VPN_END:
+            raise ValueError(f"ram_pages is {ram_pages}; expected 16 to {USER_VPN_END}")
+        if grain < 1:
+            raise ValueError(f"grain is {grain}; expected at least 1 iteration a step")
+        super().__init__({name: dtype for name, (dtype, _) in self._declared.items()})
+        self.ram_pages = ram_pages
+        self.grain = grain
+        self.actor = Actor("boot")
+        self.names = Names()
+        self.objects: dict[str, dict[int, Any]] = {}
+        self._observers: list[Observer] = []
+        self._lock_names: list[str] = []
+        self._group = self._groups = 0
+        for boot in self._boot:
+            boot(self)
+
+    def __repr__(self) -> str:
+        return f"Machine({self.ram_pages} pages of RAM)"
+
+    __hash__ = object.__hash__  # type: ignore[assignment]
+
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
+    # --- what rooms say when they are imported ----------------------------------------------------
+    @classmethod
+    def declare(cls, name: str, dtype: DTypeLike, meaning: str) -> str:
+        """Give every machine a column ``name``; zero must mean "absent". Returns the name."""
+        cls._declared[name] = (dtype, meaning)
+        return name
+
+    @classmethod
+    def at_boot(cls, function: Callable[[Machine], None]) -> Callable[[Machine], None]:
+        """Call ``function`` with every new machine."""
+        cls._boot.append(function)
+        return function
+
+    @classmethod
+    def meaning(cls, column: str) -> str:
+        """What a column holds, in words."""
+        return cls._declared[column][1]
+
+    # --- the door ---------------------------------------------------------------------------------
+    def write(self, column: str, rows: Rows, values: Any) -> None:
+        """Set ``rows`` (unique) of ``column`` to ``values``. The only way to change a column."""
+        array = self.reserve(column, rows)
+        if not self._observers:
+            array[rows] = values
+            return
+        old = np.array(array[rows])
+        array[rows] = values
+        self.tell("wrote", column, rows, old, np.array(array[rows]))
+
+    def add(self, column: str, rows: Rows, delta: Any) -> None:
+        """Add ``delta`` to ``rows`` of ``column``, once for each time that a row stands there."""
+        if isinstance(rows, (slice, int, np.integer)):
+            self.write(column, rows, self.reserve(column, rows)[rows] + delta)
+            return
+        array = self.reserve(column, rows)
+        if not self._observers:
+            np.add.at(array, rows, delta)
+            return
+        unique = np.unique(rows)
+        old = array[unique]
+        np.add.at(array, rows, delta)
+        self.tell("wrote", column, unique, old, array[unique])
+
+    def take(self, column: str) -> int:
+        """First row of ``column`` that is zero: a free place in a table of records."""
+        array = self[column]
+        free = np.flatnonzero(array[1:] == 0)
+        return int(free[0]) + 1 if free.size else int(array.size)
+
+    # --- who listens ------------------------------------------------------------------------------
+    def tell(self, what: str, *args: Any) -> None:
+        """Tell every observer."""
+        for observer in self._observers:
+            getattr(observer, what)(*args)
+
+    @property
+    def observed(self) -> bool:
+        """Whether anybody listens; nobody needs a record otherwise."""
+        return bool(self._observers)
+
+    def attach(self, observer: Observer) -> None:
+        """Let an observer hear all that happens from now on."""
+        self._observers.append(observer)
+
+    def detach(self, observer: Observer) -> None:
+        """Let an observer hear no more."""
+        self._observers.remove(observer)
+
+    def record(self) -> Trace:
+        """Record from now on. Returns the trace, which grows with every operation."""
+        trace = Trace(self.copy(), self.names)
+        self.attach(trace)
+        return trace
+
+    # --- who runs ---------------------------------------------------------------------------------
+    def step(
+        self,
+        text: str,
+        mm: int = 0,
+        start: int = 0,
+        stop: int = 0,
+        *,
+        lock: str = "",
+        detail: Any = None,
+    ) -> Step:
+        """The step to yield: the current actor's innermost function has done what ``text`` says."""
+        actor = self.actor
+        calls = tuple(actor.entered)
+        actor.entered.clear()
+        function = actor.stack[-1] if actor.stack else ""
+        depth = max(len(actor.stack) - 1, 0)
+        return Step(
+            function, depth, actor.name, mm, start, stop, text, calls, lock, detail, self._group
+        )
+
+    @contextlib.contextmanager
+    def bulk(self, iterations: int) -> Iterator[None]:
+        """Mark the steps within as ``iterations`` of one loop, taken kind after kind."""
+        outermost = iterations > 1 and not self._group
+        if outermost:
+            self._groups += 1
+            self._group = self._groups
+        try:
+            yield
+        finally:
+            if outermost:
+                self._group = 0
+
+    def called(self, function: str, times: int = 1, up: int = 0) -> None:
+        """Note calls of a function that takes no step of its own."""
+        if times > 0 and self._observers:
+            self.actor.enter(function, times, up)
+
+    def chunks(self, start: int, stop: int) -> Iterable[tuple[int, int]]:
+        """The iterations from ``start`` to ``stop`` of a kernel loop, as many a step as allowed."""
+        size = min(self.grain, stop - start)
+        return ((at, min(at + size, stop)) for at in range(start, stop, max(size, 1)))
+
+    # --- locks ------------------------------------------------------------------------------------
+    def new_lock(self, name: str) -> int:
+        """A lock that nobody holds."""
+        self._lock_names.append(name)
+        return len(self._lock_names) - 1
+
+    def holders(self, lock: int) -> tuple[bool, int]:
+        """Whether a writer holds the lock, and how many readers do."""
+        return bool(self["lock.writer"][lock]), int(self["lock.readers"][lock])
+
+    def _wait(self, lock: int) -> Step:
+        name = self._lock_names[lock]
+        return self.step(f"It waits until somebody gives up {name}.", lock=name)
+
+    def down_write(self, lock: int) -> Routine[None]:
+        """Take a lock for oneself; wait while anybody else holds it."""
+        while any(self.holders(lock)):
+            yield self._wait(lock)
+        self.write("lock.writer", lock, 1)
+
+    def up_write(self, lock: int) -> None:
+        """Give up a lock that was taken with :meth:`down_write`."""
+        self.write("lock.writer", lock, 0)
+
+    def down_read(self, lock: int) -> Routine[None]:
+        """Take a lock beside other readers; wait while a writer holds it."""
+        while self["lock.writer"][lock]:
+            yield self._wait(lock)
+        self.add("lock.readers", lock, 1)
+
+    def up_read(self, lock: int) -> None:
+        """Give up a lock that was taken with :meth:`down_read`."""
+        self.add("lock.readers", lock, -1)
+
+
+
+
+Machine.declare("lock.writer", np.int32, "1 while somebody holds the lock alone")
+Machine.declare("lock.readers", np.int32, "how many hold the lock together")
+
+

@@ -1,0 +1,549 @@
+"""migrate_vma: move pages between RAM and a device's memory, in three steps of the driver.
+
+``migrate_vma_setup`` collects pages and puts migration entries in their place; the driver then
+allocates and copies; ``migrate_vma_pages`` moves each page's identity or fills a hole;
+``migrate_vma_finalize`` puts the new pages, or the old ones, back. A page may be refused at every
+step, and its src entry tells at which.
+
+Source: mm/migrate_device.c, mm/migrate.c (``remove_migration_pte``), mm/rmap.c
+(``try_to_migrate_one``).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from hmmlab.model.entry import (
+    ACCESSED,
+    DIRTY,
+    MIGRATE_PFN_MIGRATE,
+    MIGRATE_PFN_VALID,
+    MIGRATE_PFN_WRITE,
+    RW,
+    SOFT_DIRTY,
+    SPECIAL,
+    SWP_DEVICE_READ,
+    SWP_DEVICE_WRITE,
+    SWP_MIG_DIRTY,
+    SWP_MIG_YOUNG,
+    SWP_MIGRATION_READ,
+    SWP_MIGRATION_READ_EXCLUSIVE,
+    SWP_MIGRATION_WRITE,
+    SWP_SOFT_DIRTY,
+    Bools,
+    Pfns,
+    Words,
+    is_device_private,
+    is_migration,
+    is_present,
+    is_swap_type,
+    migrate_pfn,
+    migrate_pfn_to_pfn,
+    pfn_of,
+    present_word,
+    swap_offset,
+    swap_offset_pfn,
+    swap_type,
+    swap_word,
+)
+from hmmlab.model.machine import KernelError, Machine, Routine, kernel
+from hmmlab.model.mm_types import (
+    VM_HUGETLB,
+    VM_SPECIAL,
+    VM_WRITE,
+    Vma,
+    anon_vma_prepare,
+    mm_root,
+    vm_page_prot,
+    vma_at,
+)
+from hmmlab.model.mmu_notifier import (
+    Event,
+    MmuNotifierRange,
+    invalidate_range_end,
+    invalidate_range_start,
+)
+from hmmlab.model.page import (
+    PG_ANON_EXCLUSIVE,
+    PG_DIRTY,
+    PG_LOCKED,
+    PG_LRU,
+    ZERO_PFN,
+    as_rows,
+    get_page,
+    is_zone_device,
+    page_rows,
+    pagemap_of,
+    put_page,
+    set_flags,
+)
+from hmmlab.model.page_table import alloc_tables, read_range, rows_of
+from hmmlab.model.rmap import (
+    page_add_anon_rmap,
+    page_add_new_anon_rmap,
+    page_remove_rmap,
+    rmap_walk,
+)
+from hmmlab.model.state import row_numbers
+
+__all__ = [
+    "SELECT_DEVICE_COHERENT",
+    "SELECT_DEVICE_PRIVATE",
+    "SELECT_SYSTEM",
+    "MigrateVma",
+    "migrate_device_range",
+    "migrate_vma_finalize",
+    "migrate_vma_pages",
+    "migrate_vma_setup",
+]
+
+SELECT_SYSTEM = 1
+SELECT_DEVICE_PRIVATE = 2
+SELECT_DEVICE_COHERENT = 4
+
+#: References from this many on may be pins (``GUP_PIN_COUNTING_BIAS``).
+_PIN_BIAS = 1024
+
+
+@dataclass
+class MigrateVma:
+    """A migration (``struct migrate_vma``).
+
+    Attributes
+    ----------
+    vma
+        The mapping; None when device frames are evicted wherever they are mapped.
+    vpns
+        Page numbers, int64 of shape (n,), ascending.
+    pgmap_owner
+        Device on whose behalf it is done.
+    flags
+        SELECT_* bits: which pages are collected.
+    fault_pages
+        Frames that the CPU is faulting on, each held by one more reference; int64, maybe empty.
+    each
+        Whether every page is a migration of its own, one after another, as faults are.
+    src, dst
+        MIGRATE_PFN_* entries, uint64 of shape (n,).
+    cpages
+        How many entries of ``src`` have MIGRATE.
+    """
+
+    vma: Vma | None
+    vpns: Pfns
+    pgmap_owner: int
+    flags: int
+    fault_pages: Pfns = field(default_factory=lambda: np.zeros(0, np.int64))
+    each: bool = False
+    src: Words = field(init=False)
+    dst: Words = field(init=False)
+    cpages: int = 0
+
+    def __post_init__(self) -> None:
+        self.src = np.zeros(self.vpns.size, np.uint64)
+        self.dst = np.zeros(self.vpns.size, np.uint64)
+
+    @property
+    def migrating(self) -> Bools:
+        """Which entries of ``src`` have MIGRATE."""
+        return (self.src & np.uint64(MIGRATE_PFN_MIGRATE)) != 0
+
+    @property
+    def valid(self) -> Bools:
+        """Which entries of ``src`` name a page."""
+        return (self.src & np.uint64(MIGRATE_PFN_VALID)) != 0
+
+    @property
+    def writable(self) -> Bools:
+        """Which entries of ``src`` were writable."""
+        return (self.src & np.uint64(MIGRATE_PFN_WRITE)) != 0
+
+    @property
+    def src_pfns(self) -> Pfns:
+        """Frame of each entry of ``src``; 0 where it names none."""
+        return np.where(self.valid, migrate_pfn_to_pfn(self.src), 0)
+
+    @property
+    def dst_pfns(self) -> Pfns:
+        """Frame of each entry of ``dst``; 0 where the driver gave none."""
+        return np.where(self.dst != 0, migrate_pfn_to_pfn(self.dst), 0)
+
+    def keep(self, which: Bools) -> None:
+        """Clear MIGRATE where ``which`` is False."""
+        self.src[~which] &= ~np.uint64(MIGRATE_PFN_MIGRATE)
+        self.cpages = int(self.migrating.sum())
+
+
+# --- setup ----------------------------------------------------------------------------------------
+
+
+@kernel("mm/migrate_device.c")
+def migrate_vma_setup(machine: Machine, migrate: MigrateVma) -> Routine[None]:
+    """Collect the pages and put migration entries in their place; the caller holds the mmap_lock.
+
+    Raises
+    ------
+    KernelError
+        EINVAL when the mapping cannot be migrated or the pages are not all in it.
+    """
+    vma, vpns = migrate.vma, migrate.vpns
+    if vma is None or vma.flags & (VM_SPECIAL | VM_HUGETLB) or not vpns.size:
+        raise KernelError(22, "no mapping, or one that cannot be migrated")
+    if not vma.start <= vpns[0] <= vpns[-1] < vma.end:
+        raise KernelError(22, f"pages {vpns[0]:#x} to {vpns[-1]:#x} are not in one mapping")
+    if migrate.each:
+        range = MmuNotifierRange.each(
+            vma.mm, Event.MIGRATE, vpns, owner=migrate.pgmap_owner, vma=vma.row
+        )
+    else:
+        range = MmuNotifierRange.one(
+            vma.mm,
+            Event.MIGRATE,
+            int(vpns[0]),
+            int(vpns[-1]) + 1,
+            owner=migrate.pgmap_owner,
+            vma=vma.row,
+        )
+    yield from invalidate_range_start(machine, range)
+    yield from migrate_vma_collect_pmd(machine, migrate, vma)
+    yield from invalidate_range_end(machine, range)
+    if migrate.cpages:
+        yield from migrate_device_unmap(machine, migrate)
+
+
+@kernel("mm/migrate_device.c")
+def migrate_vma_collect_pmd(machine: Machine, migrate: MigrateVma, vma: Vma) -> Routine[None]:
+    """Look at every word, and freeze those that can move behind a migration entry."""
+    vpns = migrate.vpns
+    root = mm_root(machine, vma.mm)
+    low, high = int(vpns[0]), int(vpns[-1]) + 1
+    words = read_range(machine, root, low, high)
+    words = words if words.size == vpns.size else words[vpns - low]
+    present = is_present(words)
+    zero = present & ((words & SPECIAL) != 0)
+    hole = (words == 0) & vma.is_anonymous
+    if migrate.flags & SELECT_SYSTEM:
+        hole |= zero
+    normal = present & ~zero
+    private = is_swap_type(words) & is_device_private(words)
+    pfns = np.where(normal, pfn_of(words), np.where(private, swap_offset_pfn(words), 0))
+    rows = page_rows(machine, pfns)
+    page_flags, selected = machine["page.flags"][rows], np.zeros(vpns.size, np.bool_)
+    if migrate.flags & SELECT_SYSTEM:
+        selected |= normal & ~is_zone_device(machine, pfns)
+    if migrate.flags & SELECT_DEVICE_PRIVATE:
+        owners = machine["pagemap.owner"][pagemap_of(machine, pfns)]
+        selected |= private & (owners == migrate.pgmap_owner)
+    selected &= (page_flags & PG_LOCKED) == 0
+    exclusive = selected & ((page_flags & PG_ANON_EXCLUSIVE) != 0)
+    # A page that may be pinned stays exclusive, and so stays where it is.
+    pinned = exclusive & (machine["page.refcount"][rows] >= _PIN_BIAS)
+    selected &= ~pinned
+    exclusive &= ~pinned
+    selected &= _first_of_each(pfns, selected)
+    writable = np.where(private, swap_type(words) == SWP_DEVICE_WRITE, (words & RW) != 0)
+    migrate.src[hole] = MIGRATE_PFN_MIGRATE
+    migrate.src[selected] = migrate_pfn(pfns[selected]) | np.uint64(MIGRATE_PFN_MIGRATE)
+    migrate.src[selected & writable] |= np.uint64(MIGRATE_PFN_WRITE)
+    migrate.cpages = int(migrate.migrating.sum())
+    if selected.any():
+        word_rows = rows_of(machine, root, vpns[selected])
+        _freeze(
+            machine,
+            word_rows,
+            words[selected],
+            pfns[selected],
+            writable[selected],
+            exclusive[selected],
+        )
+    yield machine.step(
+        f"{int(selected.sum())} pages of {{range}} are frozen behind migration entries, "
+        f"{int(hole.sum())} are empty and may be filled.",
+        vma.mm,
+        low,
+        high,
+    )
+
+
+def _first_of_each(pfns: Pfns, among: Bools) -> Bools:
+    """Which of ``among`` are the first with their frame: the others find it locked."""
+    first = among.copy()
+    members = np.flatnonzero(among)
+    if members.size > 1:
+        frames = pfns[members]
+        unique, at = np.unique(frames, return_index=True)
+        if unique.size != members.size:
+            first[:] = False
+            first[members[at]] = True
+    return first
+
+
+def _freeze(
+    machine: Machine,
+    word_rows: Pfns | slice | int,
+    words: Words,
+    pfns: Pfns,
+    writable: Bools,
+    exclusive: Bools,
+) -> None:
+    """Replace entries by migration entries; what they held, the migration holds from now on."""
+    present = is_present(words)
+    dirty = present & ((words & DIRTY) != 0)
+    young = present & ((words & ACCESSED) != 0)
+    soft_dirty = np.where(present, (words & SOFT_DIRTY) != 0, (words & SWP_SOFT_DIRTY) != 0)
+    kind = np.where(
+        writable,
+        SWP_MIGRATION_WRITE,
+        np.where(exclusive, SWP_MIGRATION_READ_EXCLUSIVE, SWP_MIGRATION_READ),
+    )
+    offset = pfns + np.where(young, SWP_MIG_YOUNG, 0) + np.where(dirty, SWP_MIG_DIRTY, 0)
+    entries = swap_word(kind, offset) | np.where(
+        soft_dirty, np.uint64(SWP_SOFT_DIRTY), np.uint64(0)
+    )
+    rows = as_rows(page_rows(machine, pfns))
+    flags = machine["page.flags"][rows] | np.uint32(PG_LOCKED)
+    flags = np.where(dirty, flags | np.uint32(PG_DIRTY), flags) & np.uint32(~PG_ANON_EXCLUSIVE & 0xFFFFFFFF)
+    machine.write("page.flags", rows, flags)
+    machine.write("pte", word_rows, entries)
+    page_remove_rmap(machine, pfns)
+
+
+@kernel("mm/migrate_device.c")
+def migrate_device_unmap(machine: Machine, migrate: MigrateVma) -> Routine[None]:
+    """Unmap the pages everywhere else, and give up those that somebody holds."""
+    machine.called("lru_add_drain")
+    valid = np.flatnonzero(migrate.valid)
+    if not valid.size:
+        return
+    pfns = migrate.src_pfns[valid]
+    rows = page_rows(machine, pfns)
+    mapped = machine["page.mapcount"][rows] > 0
+    if mapped.any():
+        yield from try_to_migrate(machine, pfns[mapped])
+    # One reference is ours; the test is by one more generous for device memory and by one for the
+    # frame of the fault.
+    extra = 1 + is_zone_device(machine, pfns) + np.isin(pfns, migrate.fault_pages)
+    mapcount, refcount = machine["page.mapcount"][rows], machine["page.refcount"][rows]
+    refused = (mapcount > 0) | (refcount - extra > mapcount)
+    if refused.any():
+        back = pfns[refused]
+        migrate.src[valid[refused]] = 0
+        remove_migration_ptes(machine, back, back)
+        set_flags(machine, back, off=PG_LOCKED)
+        put_page(machine, back)
+    migrate.cpages = int(migrate.migrating.sum())
+    vma, vpns = migrate.vma, migrate.vpns
+    yield machine.step(
+        f"{migrate.cpages} pages of {{range}} can move, {int(refused.sum())} are held by somebody.",
+        vma.mm if vma else 0,
+        int(vpns[0]) if vma else 0,
+        int(vpns[-1]) + 1 if vma else 0,
+    )
+
+
+@kernel("mm/rmap.c")
+def try_to_migrate(machine: Machine, pfns: Pfns) -> Routine[None]:
+    """Freeze every entry that maps one of ``pfns``, each inside a CLEAR of its page."""
+    machine.called("try_to_migrate", pfns.size - 1, up=1)
+    found = rmap_walk(machine, pfns)
+    words = machine["pte"][found.row]
+    mapping = ~(is_swap_type(words) & is_migration(words))
+    which, vma_rows, vpns, rows = (column[mapping] for column in found)
+    words = words[mapping]
+    for mm in np.unique(machine["vma.mm"][vma_rows]).tolist():
+        mine = machine["vma.mm"][vma_rows] == mm
+        range = MmuNotifierRange.each(int(mm), Event.CLEAR, vpns[mine])
+        yield from invalidate_range_start(machine, range)
+        frames = pfns[which[mine]]
+        entries = words[mine]
+        present = is_present(entries)
+        writable = np.where(
+            present, (entries & RW) != 0, swap_type(entries) == SWP_DEVICE_WRITE
+        )
+        flags = machine["page.flags"][page_rows(machine, frames)]
+        _freeze(
+            machine,
+            rows[mine],
+            entries,
+            frames,
+            writable,
+            (flags & PG_ANON_EXCLUSIVE) != 0,
+        )
+        put_page(machine, frames)
+        yield from invalidate_range_end(machine, range)
+
+
+# --- pages ----------------------------------------------------------------------------------------
+
+
+@kernel("mm/migrate_device.c")
+def migrate_vma_pages(machine: Machine, migrate: MigrateVma) -> Routine[None]:
+    """Move each page's identity to the frame in ``dst``, or fill the hole with it.
+
+    Afterwards MIGRATE stands for success. The driver may update its page table now.
+    """
+    given = migrate.dst != 0
+    migrate.keep(given)
+    holes = np.flatnonzero(migrate.migrating & ~migrate.valid)
+    if holes.size and migrate.vma is not None:
+        yield from _fill_holes(machine, migrate, migrate.vma, holes)
+    movers = np.flatnonzero(migrate.migrating & migrate.valid)
+    if movers.size:
+        src, dst = migrate.src_pfns[movers], migrate.dst_pfns[movers]
+        rows = page_rows(machine, src)
+        # Exactly the references that we know of: one more than ours and it must stay.
+        expected = 1 + np.isin(src, migrate.fault_pages)
+        moves = machine["page.refcount"][rows] == expected
+        migrate.src[movers[~moves]] &= ~np.uint64(MIGRATE_PFN_MIGRATE)
+        old, new = rows[moves], page_rows(machine, dst[moves])
+        for column in ("mapping", "index"):
+            machine.write(f"page.{column}", as_rows(new), machine[f"page.{column}"][old])
+        carried = machine["page.flags"][old] & np.uint32(~(PG_LRU | PG_ANON_EXCLUSIVE) & 0xFFFFFFFF)
+        machine.write("page.flags", as_rows(new), carried | machine["page.flags"][new])
+    migrate.cpages = int(migrate.migrating.sum())
+    vma, vpns = migrate.vma, migrate.vpns
+    yield machine.step(
+        f"{migrate.cpages} pages of {{range}} have their new frames.",
+        vma.mm if vma else 0,
+        int(vpns[0]) if vma else 0,
+        int(vpns[-1]) + 1 if vma else 0,
+    )
+
+
+def _fill_holes(
+    machine: Machine, migrate: MigrateVma, vma: Vma, holes: Pfns
+) -> Routine[None]:
+    """Insert new frames where nothing, or the zero page, was (``migrate_vma_insert_page``)."""
+    vpns = migrate.vpns
+    range = MmuNotifierRange.one(
+        vma.mm,
+        Event.MIGRATE,
+        int(vpns[holes[0]]),
+        int(vpns[-1]) + 1,
+        owner=migrate.pgmap_owner,
+        vma=vma.row,
+    )
+    yield from invalidate_range_start(machine, range)
+    root = mm_root(machine, vma.mm)
+    alloc_tables(machine, root, int(vpns[0]), int(vpns[-1]) + 1)
+    vma = anon_vma_prepare(machine, vma_at(machine, vma.row))
+    rows = row_numbers(rows_of(machine, root, vpns[holes]))
+    words = machine["pte"][rows]
+    zero = is_present(words) & ((words & SPECIAL) != 0) & (pfn_of(words) == ZERO_PFN)
+    free = (words == 0) | zero
+    migrate.src[holes[~free]] = 0
+    holes, rows = holes[free], rows[free]
+    pfns = migrate.dst_pfns[holes]
+    prot = vm_page_prot(vma.flags)
+    writable = bool(vma.flags & VM_WRITE)
+    device = is_zone_device(machine, pfns)
+    entries = np.where(
+        device,
+        swap_word(SWP_DEVICE_WRITE if writable else SWP_DEVICE_READ, pfns),
+        present_word(pfns, prot | (DIRTY | SOFT_DIRTY | RW if writable else 0)),
+    )
+    page_add_new_anon_rmap(machine, pfns, vma, vpns[holes])
+    get_page(machine, pfns)
+    machine.write("pte", as_rows(rows), entries)
+    yield from invalidate_range_end(machine, range)
+
+
+# --- finalize -------------------------------------------------------------------------------------
+
+
+@kernel("mm/migrate_device.c")
+def migrate_vma_finalize(machine: Machine, migrate: MigrateVma) -> Routine[None]:
+    """Put the new frames in place of the migration entries, or the old ones back."""
+    src, dst = migrate.src_pfns, migrate.dst_pfns
+    moved = migrate.valid & migrate.migrating & (dst != 0)
+    unused = (dst != 0) & ~moved
+    if unused.any():  # filled holes keep their page through its own reference
+        set_flags(machine, dst[unused], off=PG_LOCKED)
+        put_page(machine, dst[unused])
+    pages = migrate.valid
+    if pages.any():
+        old = src[pages]
+        new = np.where(moved, dst, src)[pages]
+        system = ~is_zone_device(machine, new)
+        if system.any():
+            set_flags(machine, new[system], PG_LRU)
+        remove_migration_ptes(machine, old, new)
+        set_flags(machine, old, off=PG_LOCKED)
+        put_page(machine, old)
+    if moved.any():
+        set_flags(machine, dst[moved], off=PG_LOCKED)
+        put_page(machine, dst[moved])
+    vma, vpns = migrate.vma, migrate.vpns
+    yield machine.step(
+        "The migration entries of {range} are gone: "
+        f"{int(moved.sum())} pages point to their new frames, "
+        f"{int((migrate.valid & ~moved).sum())} to their old ones.",
+        vma.mm if vma else 0,
+        int(vpns[0]) if vma else 0,
+        int(vpns[-1]) + 1 if vma else 0,
+    )
+
+
+def remove_migration_ptes(machine: Machine, old: Pfns, new: Pfns) -> None:
+    """Let every migration entry of ``old`` map ``new`` instead, with the mapping's rights of now.
+
+    Writable only where the entry was and the mapping is; old unless it was young before.
+    """
+    machine.called("remove_migration_ptes", old.size)
+    found = rmap_walk(machine, old)
+    entries = machine["pte"][found.row]
+    frozen = is_swap_type(entries) & is_migration(entries)
+    which, vma_rows, rows, entries = (
+        found.which[frozen],
+        found.vma[frozen],
+        found.row[frozen],
+        entries[frozen],
+    )
+    for vma_row in np.unique(vma_rows).tolist():
+        mine = vma_rows == vma_row
+        _thaw(machine, vma_at(machine, int(vma_row)), rows[mine], entries[mine], new[which[mine]])
+
+
+def _thaw(machine: Machine, vma: Vma, rows: Pfns, entries: Words, pfns: Pfns) -> None:
+    offsets, kind = swap_offset(entries), swap_type(entries)
+    exclusive = kind != SWP_MIGRATION_READ
+    writable = (kind == SWP_MIGRATION_WRITE) & bool(vma.flags & VM_WRITE)
+    soft_dirty = (entries & np.uint64(SWP_SOFT_DIRTY)) != 0
+    frame_flags = machine["page.flags"][page_rows(machine, pfns)]
+    dirty = ((offsets & SWP_MIG_DIRTY) != 0) & ((frame_flags & PG_DIRTY) != 0)
+    words = present_word(pfns, vm_page_prot(vma.flags))
+    words = np.where((offsets & SWP_MIG_YOUNG) != 0, words, words & ~np.uint64(ACCESSED))
+    words = np.where(writable, words | np.uint64(RW), words & ~np.uint64(RW))
+    words = np.where(dirty, words | np.uint64(DIRTY | SOFT_DIRTY), words)
+    words = np.where(soft_dirty, words | np.uint64(SOFT_DIRTY), words)
+    device = swap_word(np.where(writable, SWP_DEVICE_WRITE, SWP_DEVICE_READ), pfns)
+    device = np.where(soft_dirty, device | np.uint64(SWP_SOFT_DIRTY), device)
+    get_page(machine, pfns)
+    page_add_anon_rmap(machine, pfns, exclusive)
+    machine.write("pte", as_rows(rows), np.where(is_zone_device(machine, pfns), device, words))
+
+
+# --- eviction -------------------------------------------------------------------------------------
+
+
+@kernel("mm/migrate_device.c")
+def migrate_device_range(machine: Machine, pfns: Pfns, owner: int) -> Routine[MigrateVma]:
+    """Set up a migration of device frames, ascending, wherever they are mapped.
+
+    Returns the migration; the driver goes on with ``migrate_vma_pages`` and
+    ``migrate_vma_finalize``, which serve it too.
+    """
+    migrate = MigrateVma(None, pfns, owner, 0)
+    rows = page_rows(machine, pfns)
+    usable = (machine["page.refcount"][rows] > 0) & (
+        (machine["page.flags"][rows] & PG_LOCKED) == 0
+    )
+    frames = pfns[usable]
+    if frames.size:
+        get_page(machine, frames)
+        set_flags(machine, frames, PG_LOCKED)
+        migrate.src[usable] = migrate_pfn(frames) | np.uint64(MIGRATE_PFN_MIGRATE)
+    yield from migrate_device_unmap(machine, migrate)
+    return migrate

@@ -1,0 +1,426 @@
+"""Address spaces and their mappings: finding, splitting and merging VMAs, and their anon_vmas.
+
+A VMA is a row of the ``vma.*`` columns; :class:`Vma` is a frozen look at one, so fetch a new one
+after a change. An anon_vma is a number: pages of private memory remember it (``page.mapping``), and
+the ``avc.*`` columns tell which VMAs belong to it, for whoever asks who maps a page.
+
+Source: include/linux/mm_types.h, mm/mmap.c (``vma_merge``, ``__vma_adjust``), mm/rmap.c.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+from hmmlab.model.entry import ACCESSED, NX, PRESENT, PROTNONE, RW, USER
+from hmmlab.model.machine import Machine
+from hmmlab.model.page_table import new_root
+from hmmlab.model.state import State
+
+__all__ = [
+    "VM_ACCESS_FLAGS",
+    "VM_ACCOUNT",
+    "VM_DONTEXPAND",
+    "VM_EXEC",
+    "VM_FLAG_NAMES",
+    "VM_HUGETLB",
+    "VM_IO",
+    "VM_MAYEXEC",
+    "VM_MAYREAD",
+    "VM_MAYWRITE",
+    "VM_MIXEDMAP",
+    "VM_NORESERVE",
+    "VM_PFNMAP",
+    "VM_READ",
+    "VM_SHARED",
+    "VM_SOFTDIRTY",
+    "VM_SPECIAL",
+    "VM_WRITE",
+    "Vma",
+    "anon_vma_clone",
+    "anon_vma_prepare",
+    "find_vma",
+    "find_vma_prev",
+    "flags_of_prot",
+    "mm_lock",
+    "mm_root",
+    "new_mm",
+    "new_vma",
+    "remove_vma",
+    "split_vma",
+    "vm_page_prot",
+    "vma_at",
+    "vma_lookup",
+    "vma_merge",
+    "vmas_in",
+    "vmas_of",
+]
+
+VM_READ = 0x1
+VM_WRITE = 0x2
+VM_EXEC = 0x4
+VM_SHARED = 0x8
+VM_MAYREAD = 0x10
+VM_MAYWRITE = 0x20
+VM_MAYEXEC = 0x40
+VM_PFNMAP = 0x400
+VM_IO = 0x4000
+VM_DONTEXPAND = 0x40000
+VM_ACCOUNT = 0x100000
+VM_NORESERVE = 0x200000
+VM_HUGETLB = 0x400000
+VM_SOFTDIRTY = 0x08000000
+VM_MIXEDMAP = 0x10000000
+
+VM_ACCESS_FLAGS = VM_READ | VM_WRITE | VM_EXEC
+VM_SPECIAL = VM_IO | VM_DONTEXPAND | VM_PFNMAP | VM_MIXEDMAP
+
+#: Flag bits a reader may meet, with their names.
+VM_FLAG_NAMES = {
+    value: name
+    for name, value in sorted(globals().items())
+    if name.startswith("VM_") and name not in ("VM_ACCESS_FLAGS", "VM_SPECIAL")
+}
+
+Machine.declare("mm.root", np.int64, "the process's PGD table")
+Machine.declare("mm.lock", np.int64, "number of the mmap_lock")
+Machine.declare("vma.mm", np.int32, "address space of the mapping; 0 is a free row")
+Machine.declare("vma.start", np.int64, "first page of the mapping")
+Machine.declare("vma.end", np.int64, "page past the last of the mapping")
+Machine.declare("vma.flags", np.uint64, "VM_* bits")
+Machine.declare("vma.pgoff", np.int64, "offset of the first page in what is mapped, in pages")
+Machine.declare("vma.anon_vma", np.int32, "anon_vma of the mapping; 0 before its first own page")
+Machine.declare("avc.vma", np.int32, "a mapping that belongs to an anon_vma; 0 is a free row")
+Machine.declare("avc.anon_vma", np.int32, "the anon_vma it belongs to")
+Machine.declare("anon_vma.used", np.int32, "anon_vmas made so far")
+
+
+class Vma(NamedTuple):
+    """A look at one mapping; pages ``start`` to ``end - 1``."""
+
+    row: int
+    mm: int
+    start: int
+    end: int
+    flags: int
+    pgoff: int
+    anon_vma: int
+
+    @property
+    def pages(self) -> int:
+        """How many pages it has."""
+        return self.end - self.start
+
+    @property
+    def is_anonymous(self) -> bool:
+        """Whether its pages come from nowhere but memory."""
+        return not self.flags & VM_SHARED
+
+    @property
+    def permissions(self) -> str:
+        """As in /proc/self/maps: ``rw-p``."""
+        letters = zip("rwx", (VM_READ, VM_WRITE, VM_EXEC), strict=True)
+        return "".join(c if self.flags & bit else "-" for c, bit in letters) + (
+            "s" if self.flags & VM_SHARED else "p"
+        )
+
+    def pgoff_of(self, vpn: int) -> int:
+        """Offset of page ``vpn`` in what is mapped (``linear_page_index``)."""
+        return self.pgoff + vpn - self.start
+
+
+# --- address spaces -------------------------------------------------------------------------------
+
+
+def new_mm(machine: Machine, name: str) -> int:
+    """Number of a new, empty address space."""
+    mm = machine.take("mm.root")
+    machine.write("mm.lock", mm, machine.new_lock(f"the mmap_lock of {name}"))
+    machine.write("mm.root", mm, new_root(machine))
+    return mm
+
+
+def mm_root(state: State, mm: int) -> int:
+    """The address space's PGD table."""
+    return int(state["mm.root"][mm])
+
+
+def mm_lock(state: State, mm: int) -> int:
+    """The address space's mmap_lock."""
+    return int(state["mm.lock"][mm])
+
+
+# --- protection -----------------------------------------------------------------------------------
+
+
+def flags_of_prot(prot: str) -> int:
+    """VM_* access bits of a protection such as ``rw``, ``r``, ``none``.
+
+    Raises
+    ------
+    ValueError
+        When ``prot`` is not a subset of ``rwx`` or ``none``.
+    """
+    if prot == "none":
+        return 0
+    if not prot or set(prot) - set("rwx") or len(set(prot)) != len(prot):
+        raise ValueError(f"protection {prot!r}; expected letters of 'rwx', or 'none'")
+    bits = {"r": VM_READ, "w": VM_WRITE, "x": VM_EXEC}
+    return sum(bits[letter] for letter in prot)
+
+
+def vm_page_prot(flags: int) -> int:
+    """Bits of a new word in a mapping with ``flags`` (``vm_get_page_prot``).
+
+    A private mapping's words are never born writable: the first write must be seen.
+    """
+    if not flags & VM_ACCESS_FLAGS:
+        return PROTNONE | ACCESSED
+    prot = PRESENT | USER | ACCESSED
+    if not flags & VM_EXEC:
+        prot |= NX
+    if flags & VM_WRITE and flags & VM_SHARED:
+        prot |= RW
+    return prot
+
+
+# --- finding --------------------------------------------------------------------------------------
+
+
+def vma_at(state: State, row: int) -> Vma:
+    """A look at the VMA in ``row``."""
+    return Vma(
+        row,
+        int(state["vma.mm"][row]),
+        int(state["vma.start"][row]),
+        int(state["vma.end"][row]),
+        int(state["vma.flags"][row]),
+        int(state["vma.pgoff"][row]),
+        int(state["vma.anon_vma"][row]),
+    )
+
+
+def _sorted_rows(state: State, mm: int) -> np.ndarray:
+    rows = np.flatnonzero(state["vma.mm"] == mm) if mm else np.zeros(0, np.int64)
+    return rows[np.argsort(state["vma.start"][rows])]
+
+
+def vmas_of(state: State, mm: int) -> list[Vma]:
+    """All mappings of an address space, by address."""
+    return [vma_at(state, row) for row in _sorted_rows(state, mm).tolist()]
+
+
+def vmas_in(state: State, mm: int, start: int, stop: int) -> Iterator[Vma]:
+    """Mappings that overlap pages ``start`` to ``stop - 1``, by address."""
+    rows = _sorted_rows(state, mm)
+    keep = (state["vma.end"][rows] > start) & (state["vma.start"][rows] < stop)
+    return (vma_at(state, row) for row in rows[keep].tolist())
+
+
+def find_vma_prev(state: State, mm: int, vpn: int) -> tuple[Vma | None, Vma | None]:
+    """The first mapping that ends above ``vpn``, and the one before it."""
+    rows = _sorted_rows(state, mm)
+    at = int(np.searchsorted(state["vma.end"][rows], vpn, "right"))
+    found = vma_at(state, int(rows[at])) if at < rows.size else None
+    return found, vma_at(state, int(rows[at - 1])) if at else None
+
+
+def find_vma(state: State, mm: int, vpn: int) -> Vma | None:
+    """The first mapping that ends above ``vpn``; it may begin above it too."""
+    return find_vma_prev(state, mm, vpn)[0]
+
+
+def vma_lookup(state: State, mm: int, vpn: int) -> Vma | None:
+    """The mapping that holds ``vpn``."""
+    vma = find_vma(state, mm, vpn)
+    return vma if vma and vma.start <= vpn else None
+
+
+# --- changing -------------------------------------------------------------------------------------
+
+
+def new_vma(machine: Machine, mm: int, start: int, end: int, flags: int, pgoff: int) -> Vma:
+    """A new mapping, which nothing has merged with."""
+    row = machine.take("vma.mm")
+    for column, value in (
+        ("mm", mm),
+        ("start", start),
+        ("end", end),
+        ("flags", flags),
+        ("pgoff", pgoff),
+    ):
+        machine.write(f"vma.{column}", row, value)
+    return vma_at(machine, row)
+
+
+def remove_vma(machine: Machine, vma: Vma) -> None:
+    """Free the row of a mapping, and its place in every anon_vma (``unlink_anon_vmas``)."""
+    links = np.flatnonzero(machine["avc.vma"] == vma.row)
+    if links.size:
+        machine.write("avc.vma", links, 0)
+        machine.write("avc.anon_vma", links, 0)
+    for column in ("mm", "start", "end", "flags", "pgoff", "anon_vma"):
+        machine.write(f"vma.{column}", vma.row, 0)
+
+
+def _move_edges(machine: Machine, vma: Vma, start: int, end: int) -> Vma:
+    machine.write("vma.start", vma.row, start)
+    machine.write("vma.end", vma.row, end)
+    machine.write("vma.pgoff", vma.row, vma.pgoff_of(start))
+    return vma_at(machine, vma.row)
+
+
+def split_vma(machine: Machine, vma: Vma, at: int) -> tuple[Vma, Vma]:
+    """Cut a mapping at page ``at``; returns the lower part and the upper part."""
+    upper = new_vma(machine, vma.mm, at, vma.end, vma.flags, vma.pgoff_of(at))
+    anon_vma_clone(machine, upper, vma)
+    return _move_edges(machine, vma, vma.start, at), vma_at(machine, upper.row)
+
+
+# --- anon_vma -------------------------------------------------------------------------------------
+
+
+def _chain(state: State, vma: Vma) -> np.ndarray:
+    return state["avc.anon_vma"][np.flatnonzero(state["avc.vma"] == vma.row)]
+
+
+def _is_singular(state: State, vma: Vma) -> bool:
+    """Whether a mapping belongs to just one anon_vma, so to no relative by fork."""
+    return _chain(state, vma).size == 1
+
+
+def _link(machine: Machine, vma: Vma, anon_vma: int) -> None:
+    row = machine.take("avc.vma")
+    machine.write("avc.vma", row, vma.row)
+    machine.write("avc.anon_vma", row, anon_vma)
+
+
+def anon_vma_clone(machine: Machine, to: Vma, source: Vma) -> None:
+    """Let ``to`` belong to all that ``source`` belongs to, with the same anon_vma of its own."""
+    for anon_vma in _chain(machine, source).tolist():
+        _link(machine, to, anon_vma)
+    machine.write("vma.anon_vma", to.row, source.anon_vma)
+
+
+def anon_vma_prepare(machine: Machine, vma: Vma) -> Vma:
+    """Give a mapping an anon_vma before its first own page: a neighbour's if that may be shared.
+
+    Two neighbours may share one when only their access permissions differ, so that they can merge
+    again later (``find_mergeable_anon_vma``: the next one is asked first).
+    """
+    if vma.anon_vma:
+        return vma
+    above, below = find_vma(machine, vma.mm, vma.end), find_vma_prev(machine, vma.mm, vma.start)[1]
+    shared = 0
+    for neighbour, low, high in ((above, vma, above), (below, below, vma)):
+        if (
+            not shared
+            and low
+            and high
+            and neighbour
+            and _may_share_anon_vma(low, high)
+            and neighbour.anon_vma
+            and _is_singular(machine, neighbour)
+        ):
+            shared = neighbour.anon_vma
+    if not shared:
+        shared = int(machine["anon_vma.used"][0]) + 1
+        machine.write("anon_vma.used", 0, shared)
+    _link(machine, vma, shared)
+    machine.write("vma.anon_vma", vma.row, shared)
+    return vma_at(machine, vma.row)
+
+
+def _may_share_anon_vma(low: Vma, high: Vma) -> bool:
+    return (
+        low.end == high.start
+        and not (low.flags ^ high.flags) & ~(VM_ACCESS_FLAGS | VM_SOFTDIRTY)
+        and high.pgoff == low.pgoff_of(high.start)
+    )
+
+
+# --- merging --------------------------------------------------------------------------------------
+
+
+def _is_mergeable_anon_vma(state: State, a: int, b: int, vma: Vma | None) -> bool:
+    """Whether mappings with anon_vmas ``a`` and ``b`` may become one.
+
+    A missing one is no obstacle, unless the neighbour ``vma`` came by fork or has none itself.
+    """
+    if (not a or not b) and (vma is None or _is_singular(state, vma)):
+        return True
+    return a == b
+
+
+def _can_merge(state: State, neighbour: Vma, flags: int, anon_vma: int) -> bool:
+    return not (neighbour.flags ^ flags) & ~VM_SOFTDIRTY and _is_mergeable_anon_vma(
+        state, anon_vma, neighbour.anon_vma, neighbour
+    )
+
+
+def vma_merge(
+    machine: Machine,
+    mm: int,
+    prev: Vma | None,
+    start: int,
+    end: int,
+    flags: int,
+    anon_vma: int,
+    pgoff: int,
+) -> Vma | None:
+    """Let a neighbour take over pages ``start`` to ``end - 1``, which shall have these properties.
+
+    ``prev`` is the mapping before, or the one that the pages are cut from when they are not its
+    first. Returns the mapping that now holds them, or None when no neighbour fits.
+    """
+    if flags & VM_SPECIAL:
+        return None
+    mid = find_vma(machine, mm, prev.end if prev else 0)
+    next_ = find_vma(machine, mm, mid.end) if mid and mid.end == end else mid
+    with_prev = (
+        prev is not None
+        and prev.end == start
+        and prev.pgoff_of(start) == pgoff
+        and _can_merge(machine, prev, flags, anon_vma)
+    )
+    with_next = (
+        next_ is not None
+        and next_.start == end
+        and next_.pgoff == pgoff + end - start
+        and _can_merge(machine, next_, flags, anon_vma)
+    )
+    if (
+        prev
+        and next_
+        and with_prev
+        and with_next
+        and _is_mergeable_anon_vma(machine, prev.anon_vma, next_.anon_vma, None)
+    ):
+        return _absorb(machine, prev, prev.start, next_.end)
+    if prev and with_prev:
+        return _absorb(machine, prev, prev.start, end)
+    if next_ and with_next:
+        return _absorb(machine, next_, start, next_.end)
+    return None
+
+
+def _absorb(machine: Machine, vma: Vma, start: int, end: int) -> Vma:
+    """Let ``vma`` grow over its neighbours, and take an anon_vma from them if it has none.
+
+    Neighbours that are covered whole go away; one that is covered in part shrinks.
+    """
+    for other in list(vmas_in(machine, vma.mm, start, end)):
+        if other.row == vma.row:
+            continue
+        if other.anon_vma and not vma.anon_vma:
+            anon_vma_clone(machine, vma, other)
+            vma = vma_at(machine, vma.row)
+        if start <= other.start and other.end <= end:
+            remove_vma(machine, other)
+        elif other.start < start:
+            _move_edges(machine, other, other.start, start)
+        else:
+            _move_edges(machine, other, end, other.end)
+    return _move_edges(machine, vma, start, end)

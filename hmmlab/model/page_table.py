@@ -1,0 +1,265 @@
+"""The four-level page tables, as pools: one flat column of words a level.
+
+Table ``t`` of a level is rows ``512 * t`` to ``512 * t + 511`` of that level's column, so a process
+and a device file are just different roots, and a range of pages is a few slices of the ``pte``
+column. Table 0 of each level is never used: a word that is 0 points nowhere. Tables are allocated
+when they are first needed and freed as the kernel frees them.
+
+Source: arch/x86/include/asm/pgtable.h; mm/memory.c (``__pte_alloc``, ``free_pgtables``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+from hmmlab.model.entry import TABLE, Words
+from hmmlab.model.geometry import (
+    ENTRIES,
+    LEVEL_PAGES,
+    LEVELS,
+    PAGE_SHIFT,
+    PMD_PAGES,
+    PUD_PAGES,
+    align_down,
+    align_up,
+    index,
+)
+from hmmlab.model.machine import Machine
+from hmmlab.model.state import Rows, State
+
+__all__ = [
+    "Run",
+    "alloc_tables",
+    "free_pgtables",
+    "free_root",
+    "new_root",
+    "populated_pmds",
+    "read_range",
+    "rows_of",
+    "rows_of_range",
+    "table_of",
+    "walk",
+    "word_row",
+]
+
+for _number, _level in enumerate(LEVELS):
+    Machine.declare(_level, np.uint64, f"words of the {_level.upper()} tables, 512 a table")
+    Machine.declare(f"{_level}.free_list", np.int64, f"free {_level.upper()} tables")
+Machine.declare("table.used", np.int64, "tables of a level handed out at least once")
+Machine.declare("table.free", np.int64, "tables of a level on its free list")
+
+_BELOW = {"pgd": "pud", "pud": "pmd", "pmd": "pte"}
+
+
+class Run(NamedTuple):
+    """Pages ``start`` to ``stop - 1`` of a walk that lie side by side.
+
+    ``row`` is the row of the first page's word in the ``pte`` column, the others follow; -1 where
+    no table is, and then ``level`` is the level whose word is empty.
+    """
+
+    start: int
+    stop: int
+    row: int
+    level: str
+
+
+# --- tables ---------------------------------------------------------------------------------------
+
+
+def _new_tables(machine: Machine, level: str, count: int) -> np.ndarray:
+    """Numbers of ``count`` empty tables of ``level``, contiguous where they are fresh."""
+    number = LEVELS.index(level)
+    free, used = int(machine["table.free"][number]), int(machine["table.used"][number])
+    recycled = min(count, free)
+    fresh = count - recycled
+    tables = np.concatenate(
+        [
+            machine[f"{level}.free_list"][free - recycled : free],
+            np.arange(used + 1, used + 1 + fresh),
+        ]
+    )
+    machine.reserve(level, int((used + fresh + 1) * ENTRIES - 1))
+    if recycled:
+        machine.write("table.free", number, free - recycled)
+    if fresh:
+        machine.write("table.used", number, used + fresh)
+    return tables
+
+
+def _give_back(machine: Machine, level: str, tables: np.ndarray) -> None:
+    number = LEVELS.index(level)
+    free = int(machine["table.free"][number])
+    machine.write(f"{level}.free_list", slice(free, free + tables.size), tables)
+    machine.write("table.free", number, free + tables.size)
+
+
+def _point_to(tables: np.ndarray) -> Words:
+    return (tables.astype(np.uint64) << np.uint64(PAGE_SHIFT)) | np.uint64(TABLE)
+
+
+def _pointed(word: int | np.uint64) -> int:
+    """Number of the table that a word points to, 0 for none."""
+    return int(word) >> PAGE_SHIFT
+
+
+def new_root(machine: Machine) -> int:
+    """Number of a new, empty PGD table."""
+    return int(_new_tables(machine, "pgd", 1)[0])
+
+
+def free_root(machine: Machine, root: int) -> None:
+    """Free an empty PGD table."""
+    _give_back(machine, "pgd", np.array([root]))
+
+
+def table_of(state: State, root: int, vpn: int, level: str) -> int:
+    """Number of the table of ``level`` on the way to ``vpn``, 0 where there is none."""
+    table = root
+    for upper in LEVELS[: LEVELS.index(level)]:
+        if not table:
+            return 0
+        table = _pointed(state[upper][table * ENTRIES + index(vpn, upper)])
+    return table
+
+
+def word_row(state: State, root: int, vpn: int, level: str = "pte") -> int:
+    """Row of the word for ``vpn`` in the column of ``level``, -1 where no table is."""
+    table = table_of(state, root, vpn, level)
+    return table * ENTRIES + index(vpn, level) if table else -1
+
+
+def alloc_tables(machine: Machine, root: int, start: int, stop: int, level: str = "pte") -> None:
+    """Make sure that every table down to ``level`` exists for pages ``start`` to ``stop - 1``."""
+    for upper in LEVELS[: LEVELS.index(level)]:
+        span = LEVEL_PAGES[upper] * ENTRIES
+        at = start
+        while at < stop:  # over tables of this level
+            end = min(stop, align_down(at, span) + span)
+            table = table_of(machine, root, at, upper) * ENTRIES
+            rows = slice(table + index(at, upper), table + index(end - 1, upper) + 1)
+            missing = np.flatnonzero(machine[upper][rows] == 0)
+            if missing.size:
+                tables = _new_tables(machine, _BELOW[upper], missing.size)
+                machine.write(upper, rows.start + missing, _point_to(tables))
+            at = end
+
+
+# --- walks ----------------------------------------------------------------------------------------
+
+
+def walk(state: State, root: int, start: int, stop: int) -> Iterator[Run]:
+    """Runs of pages from ``start`` to ``stop``, ascending.
+
+    A run with words ends where the next table does not follow the last one in the pool; a run
+    without covers neighbouring empty words of one level.
+    """
+    at = start
+    while at < stop:
+        for level in ("pgd", "pud"):
+            row = word_row(state, root, at, level)
+            if not state[level][row]:
+                size = LEVEL_PAGES[level]
+                end = min(stop, align_down(at, size) + size)
+                yield Run(at, end, -1, level)
+                at = end
+                break
+        else:
+            end = min(stop, align_down(at, PUD_PAGES) + PUD_PAGES)
+            yield from _walk_pmd_table(state, word_row(state, root, at, "pmd"), at, end)
+            at = end
+
+
+def _walk_pmd_table(state: State, row: int, start: int, stop: int) -> Iterator[Run]:
+    count = -(-stop // PMD_PAGES) - start // PMD_PAGES
+    tables = (state["pmd"][row : row + count] >> np.uint64(PAGE_SHIFT)).astype(np.int64)
+    step = np.where(tables[1:] == 0, tables[:-1] == 0, tables[1:] == tables[:-1] + 1)
+    cuts = [0, *(np.flatnonzero(~step | ((tables[1:] == 0) != (tables[:-1] == 0))) + 1), count]
+    base = align_down(start, PMD_PAGES)
+    for first, last in zip(cuts[:-1], cuts[1:], strict=True):
+        a = max(start, base + int(first) * PMD_PAGES)
+        b = min(stop, base + int(last) * PMD_PAGES)
+        table = int(tables[first])
+        yield Run(a, b, table * ENTRIES + index(a, "pte") if table else -1, "pmd")
+
+
+def read_range(state: State, root: int, start: int, stop: int) -> Words:
+    """Words of pages ``start`` to ``stop - 1``, uint64 of shape (stop - start,), 0 in holes."""
+    words = np.zeros(max(stop - start, 0), np.uint64)
+    for run in walk(state, root, start, stop):
+        if run.row >= 0:
+            size = run.stop - run.start
+            words[run.start - start : run.stop - start] = state["pte"][run.row : run.row + size]
+    return words
+
+
+def rows_of_range(state: State, root: int, start: int, stop: int) -> Rows:
+    """Rows in the ``pte`` column of pages ``start`` to ``stop - 1``, all of which have tables."""
+    runs = list(walk(state, root, start, stop))
+    if len(runs) == 1:
+        return slice(runs[0].row, runs[0].row + stop - start)
+    return np.concatenate([np.arange(r.row, r.row + r.stop - r.start) for r in runs])
+
+
+def populated_pmds(state: State, root: int, start: int, stop: int) -> list[tuple[int, int]]:
+    """For each 1 GiB run that has one: the first populated PMD's page, and the run's end.
+
+    Both are clipped to the range. "Populated" means that a page table hangs there, even an empty
+    one (``change_pmd_range``).
+    """
+    found = []
+    at = start
+    while at < stop:
+        end = min(stop, align_down(at, PUD_PAGES) + PUD_PAGES)
+        first = next((run for run in walk(state, root, at, end) if run.row >= 0), None)
+        if first:
+            found.append((first.start, end))
+        at = end
+    return found
+
+
+# --- freeing --------------------------------------------------------------------------------------
+
+
+def free_pgtables(
+    machine: Machine, root: int, start: int, stop: int, floor: int, ceiling: int
+) -> None:
+    """Free the tables that only served pages ``start`` to ``stop - 1``.
+
+    ``floor`` is the end of the mapping below and ``ceiling`` the start of the mapping above, in
+    pages: a table whose span reaches past either still serves a neighbour (``free_pgd_range``).
+    """
+    for level in ("pte", "pmd", "pud"):
+        upper = LEVELS[LEVELS.index(level) - 1]
+        span = LEVEL_PAGES[upper]
+        low, high = align_down(start, span), align_up(stop, span)
+        if low < floor:
+            low += span
+        if high > ceiling:
+            high -= span
+        at = low
+        while at < high:  # over tables of the level above
+            end = min(high, align_down(at, span * ENTRIES) + span * ENTRIES)
+            table = table_of(machine, root, at, upper)
+            if table:
+                first = table * ENTRIES + index(at, upper)
+                rows = np.arange(first, first + (end - at) // span)
+                rows = rows[machine[upper][rows] != 0]
+                if rows.size:
+                    tables = (machine[upper][rows] >> np.uint64(PAGE_SHIFT)).astype(np.int64)
+                    machine.write(upper, rows, 0)
+                    _give_back(machine, level, tables)
+            at = end
+
+
+def rows_of(state: State, root: int, vpns: np.ndarray) -> Rows:
+    """Rows in the ``pte`` column of ``vpns`` (int64, ascending), all of which have tables."""
+    if vpns[-1] - vpns[0] == vpns.size - 1:
+        return rows_of_range(state, root, int(vpns[0]), int(vpns[-1]) + 1)
+    blocks, first = np.unique(vpns // PMD_PAGES, return_index=True)
+    tables = [table_of(state, root, int(block) * PMD_PAGES, "pte") for block in blocks]
+    sizes = np.diff(np.append(first, vpns.size))
+    return np.repeat(np.array(tables, np.int64), sizes) * ENTRIES + vpns % PMD_PAGES

@@ -1,0 +1,260 @@
+"""Process: a task with an address space, and what it asks of the kernel.
+
+    machine = Machine()
+    process = Process(machine)
+    device = process.open(0)
+    a = process.mmap(16)
+    process.store(a, range(16))
+    device.read(a[4:8])
+
+Every method acts at once. ``process.steps.store(a, 1)`` is the same operation as steps, which have
+not happened yet.
+"""
+
+from __future__ import annotations
+
+from string import ascii_uppercase
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from hmmlab.model.driver import Driver
+from hmmlab.model.machine import Actor, Machine, Routine, StepsOf, operation
+from hmmlab.model.memory import user_access
+from hmmlab.model.mm_types import flags_of_prot, new_mm
+from hmmlab.model.mmap import (
+    sys_madvise_dontneed,
+    sys_mmap,
+    sys_mprotect,
+    sys_mremap,
+    sys_munmap,
+)
+from hmmlab.model.pagemap import read_pagemap
+from hmmlab.model.region import REGION_PAGES, REGION_START, Pages
+from hmmlab.model.test_hmm import PRIVATE_UNITS, Dmirror
+
+__all__ = ["Process"]
+
+D = TypeVar("D", bound=Driver)
+
+_ADVICE = {"dontneed": sys_madvise_dontneed}
+
+
+class Process:
+    """A task with an address space of its own.
+
+    Parameters
+    ----------
+    machine
+        Where it runs.
+    name
+        What the reader calls it; the default is p0, p1, and so on.
+
+    Attributes
+    ----------
+    mm
+        Number of its address space.
+    regions
+        First page of every region by name, in the order of first mention.
+    """
+
+    def __init__(self, machine: Machine, name: str | None = None) -> None:
+        processes = machine.objects.setdefault("process", {})
+        self.machine = machine
+        self.name = name if name is not None else f"p{len(processes)}"
+        self.actor = Actor(self.name)
+        self.regions: dict[str, int] = {}
+        self.files: dict[str, Driver] = {}
+        self._slots = 0
+        self.mm = new_mm(machine, self.name)
+        processes[self.mm] = self
+
+    def __repr__(self) -> str:
+        return f"Process({self.name!r}, regions {', '.join(self.regions) or 'none yet'})"
+
+    @property
+    def steps(self) -> StepsOf:
+        """The operations as steps that have not run: ``process.steps.store(a, 1)``."""
+        return StepsOf(self)
+
+    # --- names ------------------------------------------------------------------------------------
+    def region(self, name: str, pages: int) -> Pages:
+        """The first ``pages`` pages of the region ``name``, which gets a place when it is new."""
+        if name not in self.regions:
+            self.regions[name] = REGION_START + self._slots * REGION_PAGES
+            self._slots += max(1, -(-pages // REGION_PAGES))
+        start = self.regions[name]
+        self.machine.names.learn(self.mm, name, start, start + pages)
+        return Pages(name, self.mm, start, start + pages)
+
+    def _new_name(self) -> str:
+        letters = (a + b for a in ("", *ascii_uppercase) for b in ascii_uppercase)
+        return next(name for name in letters if name not in self.regions)
+
+    def in_words(self, where: Pages) -> str:
+        """``where`` as the scenario language has it: region, offset, pages.
+
+        Raises
+        ------
+        ValueError
+            When it belongs to another address space, or is empty.
+        """
+        if where.mm != self.mm:
+            raise ValueError(f"{where} is not in the address space of {self.name}")
+        if not len(where):
+            raise ValueError(f"{where} is empty; expected at least one page")
+        return f"{where.name} {where.start - self.regions[where.name]} {len(where)}"
+
+    @staticmethod
+    def words(where: Pages, values: ArrayLike) -> NDArray[np.uint64]:
+        """``values`` as one 64-bit word a page; a single one stands for all.
+
+        Raises
+        ------
+        ValueError
+            When they are neither one nor as many as the pages, or not whole numbers.
+        """
+        given = np.asarray(values if not isinstance(values, range) else list(values))
+        if given.dtype.kind not in "iu":
+            raise ValueError(f"values of {given.dtype}; expected whole numbers of 64 bits")
+        if given.shape not in ((), (1,), (len(where),)):
+            raise ValueError(f"{given.size} values for {len(where)} pages of {where.name}")
+        return np.broadcast_to(given.astype(np.uint64), (len(where),)).copy()
+
+    # --- devices ----------------------------------------------------------------------------------
+    def open(self, unit: int = 0, name: str | None = None) -> Dmirror:
+        """Open /dev/hmm_dmirror``unit``; the file is called ``name``, by default d0, d1, ...
+
+        Raises
+        ------
+        ValueError
+            When there is no such unit.
+        """
+        if unit not in PRIVATE_UNITS:
+            raise ValueError(f"unit {unit}; expected one of {PRIVATE_UNITS}")
+        return self.attach(Dmirror, name, unit + 1)
+
+    def attach(self, driver: type[D], name: str | None = None, device: int = 1) -> D:
+        """Let a driver of your own mirror this process. Returns its open file."""
+        name = name if name is not None else f"d{len(self.files)}"
+        file = driver(self, name, device)
+        file.open()
+        self.files[name] = file
+        return file
+
+    # --- system calls -----------------------------------------------------------------------------
+    @operation
+    def mmap(
+        self, pages: int, prot: str = "rw", name: str | None = None
+    ) -> tuple[str, Routine[Pages]]:
+        """Map ``pages`` pages of private anonymous memory.
+
+        Parameters
+        ----------
+        prot
+            Letters of ``rwx``, or ``none``.
+        name
+            What to call the region; the default is the next free letter. A region that has a
+            place already is mapped there anew.
+
+        Raises
+        ------
+        ValueError
+            For no pages, or a protection that is none.
+        """
+        if pages < 1:
+            raise ValueError(f"mmap of {pages} pages; expected at least 1")
+        flags_of_prot(prot)
+        where = self.region(name if name is not None else self._new_name(), pages)
+        return f"mmap {where.name} {pages} {prot} private", self._mapped(where, prot)
+
+    def _mapped(self, where: Pages, prot: str) -> Routine[Pages]:
+        yield from sys_mmap(self.machine, self.mm, where.start, len(where), prot)
+        return where
+
+    @operation
+    def munmap(self, where: Pages) -> tuple[str, Routine[None]]:
+        """Unmap pages."""
+        routine = sys_munmap(self.machine, self.mm, where.start, where.stop)
+        return f"munmap {self.in_words(where)}", routine
+
+    @operation
+    def mprotect(self, where: Pages, prot: str) -> tuple[str, Routine[None]]:
+        """Give pages another protection.
+
+        Raises
+        ------
+        KernelError
+            ENOMEM at the first page that is not mapped; those before it have changed.
+        """
+        flags_of_prot(prot)
+        routine = sys_mprotect(self.machine, self.mm, where.start, where.stop, prot)
+        return f"mprotect {self.in_words(where)} {prot}", routine
+
+    @operation
+    def madvise(self, where: Pages, advice: str) -> tuple[str, Routine[None]]:
+        """Advise the kernel about pages: ``dontneed`` throws them away.
+
+        Raises
+        ------
+        ValueError
+            For an advice that is none.
+        KernelError
+            ENOMEM where some are not mapped; the rest has been done.
+        """
+        if advice not in _ADVICE:
+            raise ValueError(f"advice {advice!r}; expected one of {', '.join(_ADVICE)}")
+        routine = _ADVICE[advice](self.machine, self.mm, where.start, where.stop)
+        return f"madvise {self.in_words(where)} {advice}", routine
+
+    @operation
+    def mremap(self, where: Pages, name: str | None = None) -> tuple[str, Routine[Pages]]:
+        """Move pages to the beginning of another region. Returns them at their new place.
+
+        Raises
+        ------
+        KernelError
+            EFAULT when they are not all in one mapping.
+        """
+        words = self.in_words(where)
+        to = self.region(name if name is not None else self._new_name(), len(where))
+        return f"mremap {words} {to.name}", self._moved(where, to)
+
+    def _moved(self, where: Pages, to: Pages) -> Routine[Pages]:
+        yield from sys_mremap(self.machine, self.mm, where.start, len(where), to.start)
+        return to
+
+    # --- access -----------------------------------------------------------------------------------
+    @operation
+    def load(self, where: Pages) -> tuple[str, Routine[NDArray[np.uint64]]]:
+        """The CPU reads the first eight bytes of each page, uint64 of shape (len(where),).
+
+        Raises
+        ------
+        KernelError
+            SIGSEGV where nothing is mapped, or nothing may be accessed.
+        """
+        return f"load {self.in_words(where)}", user_access(
+            self.machine, self.mm, where.start, where.stop
+        )
+
+    @operation
+    def store(self, where: Pages, values: ArrayLike) -> tuple[str, Routine[None]]:
+        """The CPU writes ``values`` (one, or one a page) into the pages' first eight bytes.
+
+        Raises
+        ------
+        KernelError
+            SIGSEGV at the first page that may not be written; those before it are.
+        """
+        words = self.words(where, values)
+        return f"store {self.in_words(where)}", self._stored(where, words)
+
+    def _stored(self, where: Pages, words: NDArray[np.uint64]) -> Routine[None]:
+        yield from user_access(self.machine, self.mm, where.start, where.stop, words)
+
+    def pagemap(self, where: Pages) -> NDArray[np.uint64]:
+        """/proc/self/pagemap: PM_* bits of each page, uint64 of shape (len(where),)."""
+        self.in_words(where)
+        return read_pagemap(self.machine, self.mm, where.start, where.stop)

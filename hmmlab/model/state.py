@@ -1,0 +1,157 @@
+"""All mutable state of the model: named one-dimensional numpy columns.
+
+A column is zero wherever nothing was ever written, and zero always means "absent": an empty
+page-table word, a free VMA row, an unlocked lock. So a column has no length that counts, its
+storage grows when a row beyond its end is written, and two states are equal when they agree on
+the blocks that either has touched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+__all__ = ["Rows", "State", "first_and_last", "row_numbers"]
+
+#: Rows of a column: a slice where they are contiguous, an int64 array otherwise, or one row.
+Rows = slice | NDArray[np.int64] | int
+
+_BLOCK_SHIFT = 12
+_BLOCK = 1 << _BLOCK_SHIFT
+
+
+def first_and_last(rows: Rows) -> tuple[int, int]:
+    """Smallest row and largest row of ``rows``; ``(0, -1)`` when there are none."""
+    if isinstance(rows, slice):
+        return rows.start or 0, rows.stop - 1
+    if isinstance(rows, (int, np.integer)):
+        return int(rows), int(rows)
+    if rows.size == 0:
+        return 0, -1
+    return int(rows.min()), int(rows.max())
+
+
+def row_numbers(rows: Rows) -> NDArray[np.int64]:
+    """``rows`` as an int64 array."""
+    if isinstance(rows, slice):
+        return np.arange(rows.start, rows.stop)
+    return np.atleast_1d(np.asarray(rows, np.int64))
+
+
+class _Column:
+    """One array, and which of its blocks may hold something other than zero."""
+
+    __slots__ = ("array", "touched")
+
+    def __init__(self, dtype: DTypeLike, rows: int = _BLOCK) -> None:
+        self.array: NDArray[Any] = np.zeros(rows, dtype)
+        self.touched = np.zeros(-(-rows // _BLOCK), np.bool_)
+
+    def reserve(self, rows: Rows) -> None:
+        """Make room for ``rows`` and remember that their blocks may change."""
+        first, last = first_and_last(rows)
+        if last >= self.array.size:
+            self.resize(last + 1)
+        self.touched[first >> _BLOCK_SHIFT : (last >> _BLOCK_SHIFT) + 1] = True
+
+    def resize(self, rows: int) -> None:
+        size = max(2 * self.array.size, -(-rows // _BLOCK) * _BLOCK)
+        grown = _Column(self.array.dtype, size)
+        for part in self.parts():
+            grown.array[part] = self.array[part]
+        grown.touched[: self.touched.size] = self.touched
+        self.array, self.touched = grown.array, grown.touched
+
+    def parts(self) -> Iterator[slice]:
+        """Slices that cover the touched blocks, neighbours joined."""
+        edges = np.flatnonzero(np.diff(self.touched, prepend=False, append=False))
+        for start, stop in edges.reshape(-1, 2).tolist():
+            yield slice(start << _BLOCK_SHIFT, min(stop << _BLOCK_SHIFT, self.array.size))
+
+    def copy(self) -> _Column:
+        twin = _Column(self.array.dtype, self.array.size)
+        for part in self.parts():
+            twin.array[part] = self.array[part]
+        twin.touched = self.touched.copy()
+        return twin
+
+    def difference(self, other: _Column) -> NDArray[np.int64]:
+        """Rows at which the two columns hold different values."""
+        found = []
+        for part in (*self.parts(), *other.parts()):
+            rows = np.arange(part.start, part.stop)
+            mine, theirs = np.zeros((2, rows.size), self.array.dtype)
+            for column, values in ((self, mine), (other, theirs)):
+                held = column.array[part.start : part.stop]
+                values[: held.size] = held
+            found.append(rows[mine != theirs])
+        return np.unique(np.concatenate(found)) if found else np.zeros(0, np.int64)
+
+
+class State(Mapping[str, NDArray[Any]]):
+    """A mapping from column names to arrays.
+
+    Reading is free (``state["page.refcount"][rows]``); the arrays are longer than what is used and
+    are replaced when a column grows, so fetch them anew after a write. Changing is the business of
+    :class:`~hmmlab.model.machine.Machine`, which keeps a record of it, and of
+    :class:`~hmmlab.model.trace.Replay`, which follows that record.
+    """
+
+    def __init__(self, dtypes: Mapping[str, DTypeLike]) -> None:
+        self._columns = {name: _Column(dtype) for name, dtype in dtypes.items()}
+
+    def __getitem__(self, name: str) -> NDArray[Any]:
+        return self._columns[name].array
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._columns)
+
+    def __len__(self) -> int:
+        return len(self._columns)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, State):
+            return NotImplemented
+        return self._columns.keys() == other._columns.keys() and not self.difference(other)
+
+    __hash__ = None  # type: ignore[assignment]  # a state is mutable
+
+    def put(self, name: str, rows: Rows, values: Any) -> None:
+        """Set ``rows`` of the column ``name``, with no record of it."""
+        column = self._columns[name]
+        column.reserve(rows)
+        column.array[rows] = values
+
+    def reserve(self, name: str, rows: Rows) -> NDArray[Any]:
+        """Make room for ``rows`` of the column ``name``, which are about to change."""
+        column = self._columns[name]
+        column.reserve(rows)
+        return column.array
+
+    def copy(self) -> State:
+        """A state of its own with the same values."""
+        twin = State({})
+        twin._columns = {name: column.copy() for name, column in self._columns.items()}
+        return twin
+
+    def difference(self, other: State) -> dict[str, NDArray[np.int64]]:
+        """Names of the columns that differ, each with its differing rows."""
+        rows = {n: c.difference(other._columns[n]) for n, c in self._columns.items()}
+        return {name: found for name, found in rows.items() if found.size}
+
+    def used(self, name: str) -> int:
+        """One more than the last touched row of a column, in whole blocks."""
+        stops = [part.stop for part in self._columns[name].parts()]
+        return stops[-1] if stops else 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all touched blocks."""
+        return sum(
+            (part.stop - part.start) * column.array.itemsize
+            for column in self._columns.values()
+            for part in column.parts()
+        )

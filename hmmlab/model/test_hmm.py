@@ -1,0 +1,500 @@
+"""The test device, after lib/test_hmm.c: /dev/hmm_dmirror0 and 1, and what can be asked of them.
+
+Four things here are this driver's habits and no rule of the kernel; each is marked "habit" where
+it stands: batches of 64 pages, an invalidation that forgets one page too many, a migration that
+reads back without faulting, and a close that empties the whole device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hmmlab.model.entry import (
+    DEVICE_VALID,
+    DEVICE_WRITE,
+    HMM_PFN_ERROR,
+    HMM_PFN_ORDER_SHIFT,
+    HMM_PFN_VALID,
+    HMM_PFN_WRITE,
+    MIGRATE_PFN_WRITE,
+    Pfns,
+    Words,
+    device_word,
+    hmm_pfn_to_pfn,
+    migrate_pfn,
+)
+from hmmlab.model.driver import Answer, Driver
+from hmmlab.model.geometry import SECTION_PAGES
+from hmmlab.model.hmm import HmmRange
+from hmmlab.model.machine import KernelError, Machine, Routine, kernel, operation
+from hmmlab.model.migrate import (
+    SELECT_DEVICE_PRIVATE,
+    SELECT_SYSTEM,
+    MigrateVma,
+    migrate_device_range,
+    migrate_vma_finalize,
+    migrate_vma_pages,
+    migrate_vma_setup,
+)
+from hmmlab.model.mm_types import VM_READ, VM_WRITE, Vma, mm_lock, vma_lookup
+from hmmlab.model.mmu_notifier import (
+    Event,
+    MmuNotifierRange,
+    mmu_interval_notifier_insert,
+    mmu_interval_notifier_remove,
+    mmu_interval_set_seq,
+)
+from hmmlab.model.page import (
+    PG_LOCKED,
+    ZERO_PFN,
+    alloc_pages,
+    as_rows,
+    free_mem_region,
+    is_zone_device,
+    memremap_pages,
+    page_rows,
+    pagemap_of,
+    put_page,
+    set_flags,
+)
+
+from hmmlab.model.region import Pages
+from hmmlab.model.trace import Step
+
+__all__ = ["CHUNK_PAGES", "PRIVATE_UNITS", "Dmirror", "DmirrorDevice"]
+
+#: Frames of one chunk of device memory: 256 MiB.
+CHUNK_PAGES = 2 * SECTION_PAGES
+
+#: Units with device-private memory.
+PRIVATE_UNITS = (0, 1)
+
+_ENOENT, _EINVAL, _ENODEV = 2, 22, 19
+
+# Bytes of a snapshot (lib/test_hmm_uapi.h).
+PROT_ERROR = 0xFF
+PROT_READ = 0x01
+PROT_WRITE = 0x02
+PROT_PMD = 0x04
+PROT_PUD = 0x08
+PROT_ZERO = 0x10
+PROT_DEV_PRIVATE_LOCAL = 0x20
+PROT_DEV_PRIVATE_REMOTE = 0x30
+
+Machine.declare("dmirror_device.chunk", np.int64, "first frame of a unit's newest chunk")
+Machine.declare("dmirror_device.fresh", np.int64, "frames of that chunk never handed out")
+Machine.declare("dmirror_device.free", np.int64, "frames of a unit on its free list")
+for _unit in PRIVATE_UNITS:
+    Machine.declare(f"dmirror_device.free_list.{_unit}", np.int64, f"free frames of unit {_unit}")
+
+
+class DmirrorDevice:
+    """One unit and its device-private memory: chunks, and frames handed out last in, first out.
+
+    A new chunk's frames are handed out from its last downwards. A device frame is only a label:
+    its data are in a frame of RAM taken at the same time, which ``page.private`` names.
+    """
+
+    def __init__(self, machine: Machine, unit: int) -> None:
+        self.machine, self.unit = machine, unit
+        self.owner = unit + 1
+        self.free_list = f"dmirror_device.free_list.{unit}"
+        self.new_chunk()
+
+    def new_chunk(self) -> None:
+        """One more chunk, at the highest free place of physical space.
+
+        Raises
+        ------
+        KernelError
+            ENOMEM when there is none.
+        """
+        first = free_mem_region(self.machine, CHUNK_PAGES)
+        memremap_pages(self.machine, first, CHUNK_PAGES, self.owner, self)
+        self.machine.write("dmirror_device.chunk", self.unit, first)
+        self.machine.write("dmirror_device.fresh", self.unit, CHUNK_PAGES)
+
+    def chunks(self) -> Iterator[tuple[int, int]]:
+        """First frame of each chunk, and the one past its last, oldest chunk first."""
+        for pagemap in np.flatnonzero(self.machine["pagemap.owner"] == self.owner).tolist():
+            yield (
+                int(self.machine["pagemap.first"][pagemap]),
+                int(self.machine["pagemap.last"][pagemap]),
+            )
+
+    def alloc_pages(self, count: int, file: int) -> Pfns:
+        """Up to ``count`` device frames for ``file``, locked, in the order of handing out."""
+        machine, taken = self.machine, []
+        backing = alloc_pages(machine, count)
+        missing = count
+        while missing:
+            free = int(machine["dmirror_device.free"][self.unit])
+            fresh = int(machine["dmirror_device.fresh"][self.unit])
+            if free:
+                got = min(missing, free)
+                taken.append(machine[self.free_list][free - got : free][::-1].copy())
+                machine.write("dmirror_device.free", self.unit, free - got)
+            elif fresh:
+                got = min(missing, fresh)
+                top = int(machine["dmirror_device.chunk"][self.unit]) + fresh
+                taken.append(np.arange(top - 1, top - 1 - got, -1))
+                machine.write("dmirror_device.fresh", self.unit, fresh - got)
+            else:
+                try:
+                    self.new_chunk()
+                except KernelError:
+                    put_page(machine, backing[count - missing :])
+                    break
+                continue
+            missing -= got
+        pfns = np.concatenate(taken) if taken else np.zeros(0, np.int64)
+        rows = as_rows(page_rows(machine, pfns))
+        machine.write("page.refcount", rows, 1)
+        machine.write("page.private", rows, backing[: pfns.size])
+        set_flags(machine, pfns, PG_LOCKED)
+        machine.write("page.private", as_rows(backing[: pfns.size]), file)
+        return pfns
+
+    # --- struct dev_pagemap_ops -------------------------------------------------------------------
+    def page_free(self, machine: Machine, pfns: Pfns) -> None:
+        """Take device frames back, and free the RAM behind them (``dmirror_devmem_free``)."""
+        machine.called("dmirror_devmem_free", pfns.size)
+        rows = as_rows(page_rows(machine, pfns))
+        put_page(machine, machine["page.private"][rows])
+        machine.write("page.private", rows, 0)
+        free = int(machine["dmirror_device.free"][self.unit])
+        machine.write(self.free_list, slice(free, free + pfns.size), pfns)
+        machine.write("dmirror_device.free", self.unit, free + pfns.size)
+
+    def migrate_to_ram(
+        self, machine: Machine, vma: Vma, vpns: Pfns, pfns: Pfns
+    ) -> Routine[None]:
+        """The CPU touched device pages: bring each back by a migration of its own."""
+        backing = machine["page.private"][page_rows(machine, pfns)]
+        files = machine["page.private"][backing]
+        # One file after another in page order, for frames are freed in that order.
+        edges = [0, *(np.flatnonzero(np.diff(files)) + 1).tolist(), files.size]
+        for first, last in zip(edges[:-1], edges[1:], strict=True):
+            mirror: Dmirror = machine.objects["device_file"][int(files[first])]
+            yield from mirror.devmem_fault(vma, vpns[first:last], pfns[first:last])
+
+
+@Machine.at_boot
+def _load(machine: Machine) -> None:
+    """The module makes one chunk a unit when it is loaded."""
+    machine.objects["dmirror_device"] = {u: DmirrorDevice(machine, u) for u in PRIVATE_UNITS}
+
+
+class _SnapshotSubscriber:
+    """The subscription that a snapshot makes for its own range: it only notes that it was hit."""
+
+    takes_series = True
+
+    def __init__(self, machine: Machine) -> None:
+        self.machine = machine
+
+    def invalidate(self, subscription: int, range: MmuNotifierRange, cur_seq: int) -> bool:
+        mmu_interval_set_seq(self.machine, subscription, cur_seq)
+        return True
+
+
+class Dmirror(Driver):
+    """An open file of the test device (``struct dmirror``); made by ``Process.open``."""
+
+    takes_series = True
+
+    @property
+    def mdevice(self) -> DmirrorDevice:
+        """The unit that was opened."""
+        device: DmirrorDevice = self.machine.objects["dmirror_device"][self.device - 1]
+        return device
+
+    # --- what one asks of it ----------------------------------------------------------------------
+    @operation
+    def snapshot(self, where: Pages) -> tuple[str, Routine[NDArray[np.uint8]]]:
+        """Look at the pages without faulting: one PROT_* byte each, uint8 of shape (len(where),).
+
+        0x00 nothing, 0x01 read-only, 0x02 read-write, 0x11 zero page, 0x21 and 0x22 in this
+        device's memory, 0xff no mapping or no access.
+        """
+        out = np.zeros(len(where), np.uint8)
+        return self.say("snapshot", where), self._data_of(self.snapshot_pages(where.start, out))
+
+    @operation
+    def to_dev(self, where: Pages) -> tuple[str, Routine[NDArray[np.uint64]]]:
+        """Migrate pages to the device, and read them back from there.
+
+        Raises
+        ------
+        KernelError
+            EINVAL where nothing is mapped or readable; ENOENT when a page did not move. What moved
+            before stays there.
+        """
+        routine = self.migrate_to_device(where.start, where.stop)
+        return self.say("to_dev", where), self._data_of(routine)
+
+    @operation
+    def to_sys(self, where: Pages) -> tuple[str, Routine[int]]:
+        """Migrate pages back to RAM. Returns how many moved; those in RAM already do not count.
+
+        Raises
+        ------
+        KernelError
+            EINVAL where nothing is mapped or readable; what moved before stays there.
+        """
+        routine = self.migrate_to_system(where.start, where.stop)
+        return self.say("to_sys", where), self._cpages_of(routine)
+
+    # --- invalidation -----------------------------------------------------------------------------
+    def invalidate(
+        self, subscription: int, range: MmuNotifierRange, cur_seq: int
+    ) -> bool | Routine[bool]:
+        """Forget the range, unless it is a migration of one's own, which cleans up after itself."""
+        if range.event is Event.MIGRATE and range.owner == self.device:
+            return self._ignore(range)
+        if not range.blockable and any(self.machine.holders(self.lock)):
+            return False
+        return self._drop(range, cur_seq)
+
+    @kernel("lib/test_hmm.c", "dmirror_interval_invalidate")
+    def _ignore(self, range: MmuNotifierRange) -> Routine[bool]:
+        yield self.machine.step(
+            f"{self.name} migrates {{range}} itself, and so ignores it.",
+            range.mm,
+            int(range.start[0]),
+            int(range.end[-1]),
+        )
+        return True
+
+    @kernel("lib/test_hmm.c", "dmirror_interval_invalidate")
+    def _drop(self, range: MmuNotifierRange, cur_seq: int) -> Routine[bool]:
+        yield from self.machine.down_write(self.lock)
+        mmu_interval_set_seq(self.machine, self.subscription, cur_seq)
+        start, stop = int(range.start.min()), int(range.end.max())
+        # Habit: the page that begins at the end is forgotten too.
+        if range.size == 1:
+            dropped = self.forget(start, stop + 1)
+        else:
+            edges = np.zeros(stop + 2 - start, np.int64)
+            np.add.at(edges, range.start - start, 1)
+            np.add.at(edges, range.end + 1 - start, -1)
+            dropped = self.forget(start, stop + 1, among=np.cumsum(edges)[:-1] > 0)
+        self.machine.up_write(self.lock)
+        yield self.machine.step(
+            f"{self.name} forgets {{range}}, and the page after it: {dropped} entries.",
+            range.mm,
+            start,
+            stop,
+        )
+        return True
+
+    # --- snapshot ---------------------------------------------------------------------------------
+    @kernel("lib/test_hmm.c", "dmirror_snapshot")
+    def snapshot_pages(self, start: int, out: NDArray[np.uint8]) -> Routine[Answer]:
+        """Look without faulting: one byte a page into ``out``, uint8 of shape (pages,).
+
+        Raises
+        ------
+        KernelError
+            What the walk raises; bytes of the batches before it are there.
+        """
+        answer = Answer(out)
+        for first in np.arange(start, start + out.size, self.batch).tolist():  # over batches
+            last = min(first + self.batch, start + out.size)
+            range = HmmRange(
+                self.mm,
+                0,
+                0,
+                first,
+                last,
+                np.zeros(last - first, np.uint64),
+                dev_private_owner=self.device,
+            )
+            subscriber = _SnapshotSubscriber(self.machine)
+            range.notifier = yield from mmu_interval_notifier_insert(
+                self.machine, self.mm, first, last, subscriber
+            )
+            try:
+                yield from self.look(range)
+                self.machine.up_write(self.lock)
+                out[first - start : last - start] = self._bytes(range.hmm_pfns)
+            finally:
+                yield from mmu_interval_notifier_remove(self.machine, range.notifier)
+            answer.cpages += last - first
+        return answer
+
+    def _bytes(self, hmm_pfns: Words) -> NDArray[np.uint8]:
+        """What the test device tells of each page (``dmirror_mkentry``)."""
+        pfns = hmm_pfn_to_pfn(hmm_pfns)
+        order = (hmm_pfns >> np.uint64(HMM_PFN_ORDER_SHIFT)) & np.uint64(31)
+        device = is_zone_device(self.machine, pfns)
+        owner = self.machine["pagemap.owner"][pagemap_of(self.machine, pfns)]
+        local = np.where(owner == self.device, PROT_DEV_PRIVATE_LOCAL, PROT_DEV_PRIVATE_REMOTE)
+        kind = np.where(device, local, np.where(pfns == ZERO_PFN, PROT_ZERO, 0))
+        kind |= np.where((hmm_pfns & np.uint64(HMM_PFN_WRITE)) != 0, PROT_WRITE, PROT_READ)
+        kind |= np.where(order == 9, PROT_PMD, 0) | np.where(order == 18, PROT_PUD, 0)
+        kind = np.where((hmm_pfns & np.uint64(HMM_PFN_VALID)) != 0, kind, 0)
+        kind = np.where((hmm_pfns & np.uint64(HMM_PFN_ERROR)) != 0, PROT_ERROR, kind)
+        return kind.astype(np.uint8)
+
+    # --- migration --------------------------------------------------------------------------------
+    def _batches(self, start: int, stop: int) -> Iterator[tuple[Vma, Pfns]]:
+        """Batches of the range, each in one mapping. Habit: 64 pages, counted from the start.
+
+        Raises
+        ------
+        KernelError
+            EINVAL where nothing is mapped or it cannot be read; batches before it are done.
+        """
+        at = start
+        while at < stop:
+            vma = vma_lookup(self.machine, self.mm, at)
+            if vma is None or not vma.flags & VM_READ:
+                place = self.machine.names.place(self.mm, at, at + 1)
+                raise KernelError(_EINVAL, f"{place}: nothing there that can be read")
+            end = min(at + self.batch, stop, vma.end)
+            yield vma, np.arange(at, end)
+            at = end
+
+    @kernel("lib/test_hmm.c", "dmirror_migrate_to_device")
+    def migrate_to_device(self, start: int, stop: int) -> Routine[Answer]:
+        """Move pages from RAM to the device, then read the range back through its page table.
+
+        Raises
+        ------
+        KernelError
+            EINVAL where nothing is mapped; ENOENT where a page did not move. What moved stays.
+        """
+        lock = mm_lock(self.machine, self.mm)
+        yield from self.machine.down_read(lock)
+        try:
+            for vma, vpns in self._batches(start, stop):
+                migrate = MigrateVma(vma, vpns, self.device, SELECT_SYSTEM)
+                yield from migrate_vma_setup(self.machine, migrate)
+                yield from self._copy_to_device(migrate)
+                yield from migrate_vma_pages(self.machine, migrate)
+                yield from self._map_migrated(migrate)
+                yield from migrate_vma_finalize(self.machine, migrate)
+        finally:
+            self.machine.up_read(lock)
+        answer = Answer(np.zeros(stop - start, np.uint64))
+        yield from self.machine.down_write(self.lock)
+        self.copy_out(start, stop, answer)  # habit: it reads back, and does not fault
+        self.machine.up_write(self.lock)
+        if answer.cpages < stop - start:
+            at = start + answer.cpages
+            place = self.machine.names.place(self.mm, at, at + 1)
+            raise KernelError(_ENOENT, f"{place} did not move to {self.name}")
+        return answer
+
+    @kernel("lib/test_hmm.c", "dmirror_migrate_alloc_and_copy")
+    def _copy_to_device(self, migrate: MigrateVma) -> Routine[None]:
+        wanted = np.flatnonzero(migrate.migrating)
+        assert migrate.vma is not None
+        if wanted.size:
+            frames = self.mdevice.alloc_pages(wanted.size, self.file)
+            wanted = wanted[: frames.size]
+            source = migrate.src_pfns[wanted]
+            self._copy(source, self.backing(frames), copied=migrate.valid[wanted])
+            hole_writable = ~migrate.valid[wanted] & bool(migrate.vma.flags & VM_WRITE)
+            writable = migrate.writable[wanted] | hole_writable
+            migrate.dst[wanted] = migrate_pfn(frames) | np.where(
+                writable, np.uint64(MIGRATE_PFN_WRITE), np.uint64(0)
+            )
+        yield self._migration_step(migrate, f"{self.name} copies {wanted.size} pages of {{range}}.")
+
+    def _copy(self, source: Pfns, target: Pfns, copied: NDArray[np.bool_]) -> None:
+        """Copy content from RAM to RAM, or leave zeros where nothing is copied."""
+        content = self.machine["page.content"]
+        words = np.where(copied, content[page_rows(self.machine, source)], np.uint64(0))
+        self.machine.write("page.content", as_rows(page_rows(self.machine, target)), words)
+
+    def _migration_step(self, migrate: MigrateVma, text: str) -> Step:
+        first, last = int(migrate.vpns[0]), int(migrate.vpns[-1]) + 1
+        return self.machine.step(text, self.mm, first, last)
+
+    @kernel("lib/test_hmm.c", "dmirror_migrate_finalize_and_map")
+    def _map_migrated(self, migrate: MigrateVma) -> Routine[None]:
+        yield from self.machine.down_write(self.lock)
+        done = migrate.migrating & (migrate.dst != 0)
+        start, stop = int(migrate.vpns[0]), int(migrate.vpns[-1]) + 1
+        if done.any():
+            words = self.entries(start, stop)
+            writable = (migrate.dst[done] & np.uint64(MIGRATE_PFN_WRITE)) != 0
+            flags = np.where(writable, np.uint64(DEVICE_VALID | DEVICE_WRITE), DEVICE_VALID)
+            words[done] = device_word(self.backing(migrate.dst_pfns[done]), flags)
+            self.store_entries(start, words)
+        self.machine.up_write(self.lock)
+        yield self._migration_step(migrate, f"{self.name} maps {int(done.sum())} of {{range}}.")
+
+    @kernel("lib/test_hmm.c", "dmirror_migrate_to_system")
+    def migrate_to_system(self, start: int, stop: int) -> Routine[Answer]:
+        """Move pages of this device back to RAM; pages elsewhere stay where they are.
+
+        Raises
+        ------
+        KernelError
+            EINVAL where nothing is mapped; batches before it have moved.
+        """
+        answer = Answer()
+        lock = mm_lock(self.machine, self.mm)
+        yield from self.machine.down_read(lock)
+        try:
+            for vma, vpns in self._batches(start, stop):
+                migrate = MigrateVma(vma, vpns, self.device, SELECT_DEVICE_PRIVATE)
+                yield from migrate_vma_setup(self.machine, migrate)
+                yield from self._copy_to_ram(migrate)
+                yield from migrate_vma_pages(self.machine, migrate)
+                answer.cpages += int((migrate.valid & migrate.migrating).sum())
+                yield from migrate_vma_finalize(self.machine, migrate)
+        finally:
+            self.machine.up_read(lock)
+        return answer
+
+    @kernel("lib/test_hmm.c", "dmirror_devmem_fault")
+    def devmem_fault(self, vma: Vma, vpns: Pfns, pfns: Pfns) -> Routine[None]:
+        """Bring pages that the CPU touched back to RAM, each by a migration of its own."""
+        migrate = MigrateVma(vma, vpns, self.device, SELECT_DEVICE_PRIVATE, pfns, each=True)
+        yield from migrate_vma_setup(self.machine, migrate)
+        yield from self._copy_to_ram(migrate)
+        yield from migrate_vma_pages(self.machine, migrate)
+        yield from migrate_vma_finalize(self.machine, migrate)
+
+    @kernel("lib/test_hmm.c", "dmirror_devmem_fault_alloc_and_copy")
+    def _copy_to_ram(self, migrate: MigrateVma) -> Routine[None]:
+        wanted = np.flatnonzero(migrate.migrating & migrate.valid)
+        if wanted.size:
+            start, stop = int(migrate.vpns[0]), int(migrate.vpns[-1]) + 1
+            among = np.zeros(stop - start, np.bool_)
+            among[migrate.vpns[wanted] - start] = True
+            self.forget(start, stop, among)
+            self._fill_dst(migrate, wanted)
+        yield self._migration_step(
+            migrate, f"{self.name} forgets {wanted.size} pages of {{range}} and copies them to RAM."
+        )
+
+    def _fill_dst(self, migrate: MigrateVma, wanted: NDArray[np.int64]) -> None:
+        """New, locked frames of RAM as ``dst`` of ``wanted``, with the content of ``src``."""
+        frames = alloc_pages(self.machine, wanted.size)
+        set_flags(self.machine, frames, PG_LOCKED)
+        source = self.backing(migrate.src_pfns[wanted])
+        self._copy(source, frames, copied=np.ones(wanted.size, np.bool_))
+        migrate.dst[wanted] = migrate_pfn(frames) | (
+            migrate.src[wanted] & np.uint64(MIGRATE_PFN_WRITE)
+        )
+
+    # --- close ------------------------------------------------------------------------------------
+    def give_back_memory(self) -> Routine[None]:
+        """Habit: closing any file empties the device, for every process, chunk by chunk."""
+        for first, last in list(self.mdevice.chunks()):
+            migrate = yield from migrate_device_range(
+                self.machine, np.arange(first, last), self.device
+            )
+            wanted = np.flatnonzero(migrate.migrating)
+            if wanted.size:
+                self._fill_dst(migrate, wanted)
+            yield from migrate_vma_pages(self.machine, migrate)
+            yield from migrate_vma_finalize(self.machine, migrate)
