@@ -20,7 +20,8 @@ from hmmlab.model.process import Process
 from hmmlab.model.region import Pages
 from hmmlab.model.test_hmm import Dmirror
 from hmmlab.model.trace import Replay, Step, Trace
-from hmmlab.scenario import ScenarioError, Session
+from hmmlab.scenario import ScenarioError
+from hmmlab.session import Session
 
 if TYPE_CHECKING:
     from hmmlab.widgets import show

@@ -245,6 +245,7 @@ class Driver:
         machine = self.machine
         self.file = machine.take("device_file.mm")
         machine.objects.setdefault("device_file", {})[self.file] = self
+        machine.names.files[self.file] = self.name
         self.subscription = yield from mmu_interval_notifier_insert(
             machine, self.mm, 0, EVERYTHING - 1, self
         )

@@ -176,8 +176,9 @@ def _walk_hole(machine: Machine, range: HmmRange, vma: Vma, run: Run) -> Routine
     asked = range.request(run.start, run.stop) if range.asks else np.zeros(0, np.uint64)
     wanted = np.flatnonzero(asked & np.uint64(HMM_PFN_REQ_FAULT))
     stop = max(run.start, align_down(run.start + int(wanted[0]), pages)) if wanted.size else run.stop
-    machine.called("hmm_vma_walk_hole", -(-stop // pages) - run.start // pages)
-    range.fill(run.start, stop, 0)
+    if stop > run.start:
+        machine.called("hmm_vma_walk_hole", -(-stop // pages) - run.start // pages)
+        range.fill(run.start, stop, 0)
     if wanted.size:
         end = min(run.stop, align_down(stop, pages) + pages)
         yield from hmm_vma_walk_hole(machine, range, vma, stop, end)

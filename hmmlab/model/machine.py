@@ -9,6 +9,7 @@ drives one to its end; :mod:`hmmlab.model.schedule` interleaves several.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno as errno_names
 import functools
 import warnings
@@ -20,7 +21,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from hmmlab.model.geometry import USER_VPN_END
 from hmmlab.model.state import Rows, State
-from hmmlab.model.trace import Names, Observer, Step, Trace
+from hmmlab.model.trace import Observer, Step, Trace
 
 __all__ = [
     "BULK",
@@ -150,18 +151,23 @@ class Steps(Iterator[Step]):
                 machine.tell("began", self.text, self.actor.name)
             step = next(self._body)
         except StopIteration as stop:
-            self._end(stop.value)
+            self._end(stop.value, "It is done.")
             raise
         except KernelError as error:
-            self._end(error)
+            self._end(error, f"Refused, {error}.")
             raise
         finally:
             machine.actor = outer
         machine.tell("stepped", step)
         return step
 
-    def _end(self, result: Any) -> None:
+    def _end(self, result: Any, text: str) -> None:
         self.ended, self.result = True, result
+        if self.actor.entered:  # what was called after the last step
+            depth, function = self.actor.entered[-1]
+            step = self.machine.step(text.replace("{", "{{").replace("}", "}}"))
+            step = dataclasses.replace(step, function=function, depth=depth)
+            self.machine.tell("stepped", step)
         self.machine.tell("ended", result)
 
     def run(self) -> Any:
@@ -252,11 +258,9 @@ class Machine(State):
             raise ValueError(f"ram_pages is {ram_pages}; expected 16 to {USER_VPN_END}")
         if grain < 1:
             raise ValueError(f"grain is {grain}; expected at least 1 iteration a step")
-        super().__init__({name: dtype for name, (dtype, _) in self._declared.items()})
-        self.ram_pages = ram_pages
+        super().__init__({name: dtype for name, (dtype, _) in self._declared.items()}, ram_pages)
         self.grain = grain
         self.actor = Actor("boot")
-        self.names = Names()
         self.objects: dict[str, dict[int, Any]] = {}
         self._observers: list[Observer] = []
         self._lock_names: list[str] = []
@@ -342,7 +346,7 @@ class Machine(State):
 
     def record(self) -> Trace:
         """Record from now on. Returns the trace, which grows with every operation."""
-        trace = Trace(self.copy(), self.names)
+        trace = Trace(self.copy())
         self.attach(trace)
         return trace
 

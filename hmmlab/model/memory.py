@@ -355,19 +355,24 @@ def unmap_page_range(machine: Machine, vma: Vma, start: int, stop: int) -> Routi
     for run in walk(machine, mm_root(machine, vma.mm), start, stop):
         if run.row < 0:
             continue
-        rows = slice(run.row, run.row + run.stop - run.start)
-        words = machine["pte"][rows].copy()
-        used = np.flatnonzero(words)
-        if not used.size:
-            continue
-        words = words[used]
-        present = is_present(words)
-        normal = present & ((words & SPECIAL) == 0)
-        private = ~present & is_device_private(words)
-        machine.write("pte", as_rows(run.row + used), 0)
-        held = normal | private
-        pfns = np.where(present, pfn_of(words), swap_offset_pfn(words))[held]
-        page_remove_rmap(machine, pfns)
-        yield machine.step("{range} is no longer mapped.", vma.mm, run.start, run.stop)
-        put_page(machine, pfns)
+        used = np.flatnonzero(machine["pte"][run.row : run.row + run.stop - run.start])
+        for first, last in machine.chunks(0, used.size):
+            yield from _zap(machine, vma, run.row, run.start, used[first:last])
 
+
+def _zap(
+    machine: Machine, vma: Vma, row: int, start: int, used: NDArray[np.int64]
+) -> Routine[None]:
+    """Empty the words of pages ``start + used``, whose rows are ``row + used``."""
+    rows = as_rows(row + used)
+    words = machine["pte"][rows].copy()
+    present = is_present(words)
+    normal = present & ((words & SPECIAL) == 0)
+    private = ~present & is_device_private(words)
+    machine.write("pte", rows, 0)
+    held = normal | private
+    pfns = np.where(present, pfn_of(words), swap_offset_pfn(words))[held]
+    page_remove_rmap(machine, pfns)
+    put_page(machine, pfns)
+    first, last = start + int(used[0]), start + int(used[-1]) + 1
+    yield machine.step("{range} is no longer mapped.", vma.mm, first, last)

@@ -48,6 +48,7 @@ from hmmlab.model.entry import (
     swap_type,
     swap_word,
 )
+from hmmlab.model.geometry import LEVEL_PAGES, PMD_PAGES, align_down
 from hmmlab.model.machine import KernelError, Machine, Routine, kernel
 from hmmlab.model.mm_types import (
     VM_HUGETLB,
@@ -79,7 +80,7 @@ from hmmlab.model.page import (
     put_page,
     set_flags,
 )
-from hmmlab.model.page_table import alloc_tables, read_range, rows_of
+from hmmlab.model.page_table import alloc_tables, rows_of, walk
 from hmmlab.model.rmap import (
     page_add_anon_rmap,
     page_add_new_anon_rmap,
@@ -93,6 +94,8 @@ __all__ = [
     "SELECT_DEVICE_PRIVATE",
     "SELECT_SYSTEM",
     "MigrateVma",
+    "migrate_device_finalize",
+    "migrate_device_pages",
     "migrate_device_range",
     "migrate_vma_finalize",
     "migrate_vma_pages",
@@ -207,20 +210,48 @@ def migrate_vma_setup(machine: Machine, migrate: MigrateVma) -> Routine[None]:
             vma=vma.row,
         )
     yield from invalidate_range_start(machine, range)
-    yield from migrate_vma_collect_pmd(machine, migrate, vma)
+    yield from walk_page_range(machine, migrate, vma)
     yield from invalidate_range_end(machine, range)
     if migrate.cpages:
         yield from migrate_device_unmap(machine, migrate)
 
 
+@kernel("mm/pagewalk.c")
+def walk_page_range(machine: Machine, migrate: MigrateVma, vma: Vma) -> Routine[None]:
+    """Collect table by table; where no table is, nothing is there and may be filled."""
+    low, high = int(migrate.vpns[0]), int(migrate.vpns[-1]) + 1
+    table_by_table = machine.grain < PMD_PAGES
+    for run in walk(machine, mm_root(machine, vma.mm), low, high):
+        if run.row < 0:
+            pages = LEVEL_PAGES[run.level]
+            machine.called("migrate_vma_collect_hole", -(-run.stop // pages) - run.start // pages)
+            part = slice(*np.searchsorted(migrate.vpns, (run.start, run.stop)))
+            migrate.src[part] = MIGRATE_PFN_MIGRATE if vma.is_anonymous else 0
+            migrate.cpages = int(migrate.migrating.sum())
+            continue
+        at = run.start
+        while at < run.stop:  # over page tables, or all at once
+            end = min(run.stop, align_down(at, PMD_PAGES) + PMD_PAGES) if table_by_table else run.stop
+            part = slice(*np.searchsorted(migrate.vpns, (at, end)))
+            row = run.row + at - run.start
+            if part.start < part.stop:
+                yield from migrate_vma_collect_pmd(machine, migrate, vma, part, row - at)
+            at = end
+
+
 @kernel("mm/migrate_device.c")
-def migrate_vma_collect_pmd(machine: Machine, migrate: MigrateVma, vma: Vma) -> Routine[None]:
-    """Look at every word, and freeze those that can move behind a migration entry."""
-    vpns = migrate.vpns
-    root = mm_root(machine, vma.mm)
-    low, high = int(vpns[0]), int(vpns[-1]) + 1
-    words = read_range(machine, root, low, high)
-    words = words if words.size == vpns.size else words[vpns - low]
+def migrate_vma_collect_pmd(
+    machine: Machine, migrate: MigrateVma, vma: Vma, part: slice, offset: int
+) -> Routine[None]:
+    """Look at words, and freeze those that can move behind a migration entry.
+
+    ``part`` of the migration's pages is looked at; the word of page ``vpn`` is in row
+    ``vpn + offset``.
+    """
+    vpns = migrate.vpns[part]
+    src = migrate.src[part]
+    word_rows = as_rows(vpns + offset)
+    words = machine["pte"][word_rows].copy()
     present = is_present(words)
     zero = present & ((words & SPECIAL) != 0)
     hole = (words == 0) & vma.is_anonymous
@@ -244,15 +275,14 @@ def migrate_vma_collect_pmd(machine: Machine, migrate: MigrateVma, vma: Vma) -> 
     exclusive &= ~pinned
     selected &= _first_of_each(pfns, selected)
     writable = np.where(private, swap_type(words) == SWP_DEVICE_WRITE, (words & RW) != 0)
-    migrate.src[hole] = MIGRATE_PFN_MIGRATE
-    migrate.src[selected] = migrate_pfn(pfns[selected]) | np.uint64(MIGRATE_PFN_MIGRATE)
-    migrate.src[selected & writable] |= np.uint64(MIGRATE_PFN_WRITE)
+    src[hole] = MIGRATE_PFN_MIGRATE
+    src[selected] = migrate_pfn(pfns[selected]) | np.uint64(MIGRATE_PFN_MIGRATE)
+    src[selected & writable] |= np.uint64(MIGRATE_PFN_WRITE)
     migrate.cpages = int(migrate.migrating.sum())
     if selected.any():
-        word_rows = rows_of(machine, root, vpns[selected])
         _freeze(
             machine,
-            word_rows,
+            as_rows(vpns[selected] + offset),
             words[selected],
             pfns[selected],
             writable[selected],
@@ -262,8 +292,8 @@ def migrate_vma_collect_pmd(machine: Machine, migrate: MigrateVma, vma: Vma) -> 
         f"{int(selected.sum())} pages of {{range}} are frozen behind migration entries, "
         f"{int(hole.sum())} are empty and may be filled.",
         vma.mm,
-        low,
-        high,
+        int(vpns[0]),
+        int(vpns[-1]) + 1,
     )
 
 
@@ -320,8 +350,9 @@ def migrate_device_unmap(machine: Machine, migrate: MigrateVma) -> Routine[None]
     pfns = migrate.src_pfns[valid]
     rows = page_rows(machine, pfns)
     mapped = machine["page.mapcount"][rows] > 0
-    if mapped.any():
-        yield from try_to_migrate(machine, pfns[mapped])
+    elsewhere = pfns[mapped]
+    for first, last in machine.chunks(0, elsewhere.size):
+        yield from try_to_migrate(machine, elsewhere[first:last])
     # One reference is ours; the test is by one more generous for device memory and by one for the
     # frame of the fault.
     extra = 1 + is_zone_device(machine, pfns) + np.isin(pfns, migrate.fault_pages)
@@ -384,6 +415,16 @@ def migrate_vma_pages(machine: Machine, migrate: MigrateVma) -> Routine[None]:
 
     Afterwards MIGRATE stands for success. The driver may update its page table now.
     """
+    yield from _migrate_pages(machine, migrate)
+
+
+@kernel("mm/migrate_device.c")
+def migrate_device_pages(machine: Machine, migrate: MigrateVma) -> Routine[None]:
+    """The same for frames that :func:`migrate_device_range` collected."""
+    yield from _migrate_pages(machine, migrate)
+
+
+def _migrate_pages(machine: Machine, migrate: MigrateVma) -> Routine[None]:
     given = migrate.dst != 0
     migrate.keep(given)
     holes = np.flatnonzero(migrate.migrating & ~migrate.valid)
@@ -456,25 +497,22 @@ def _fill_holes(
 @kernel("mm/migrate_device.c")
 def migrate_vma_finalize(machine: Machine, migrate: MigrateVma) -> Routine[None]:
     """Put the new frames in place of the migration entries, or the old ones back."""
+    yield from _finalize(machine, migrate)
+
+
+@kernel("mm/migrate_device.c")
+def migrate_device_finalize(machine: Machine, migrate: MigrateVma) -> Routine[None]:
+    """The same for frames that :func:`migrate_device_range` collected."""
+    yield from _finalize(machine, migrate)
+
+
+def _finalize(machine: Machine, migrate: MigrateVma) -> Routine[None]:
     src, dst = migrate.src_pfns, migrate.dst_pfns
     moved = migrate.valid & migrate.migrating & (dst != 0)
-    unused = (dst != 0) & ~moved
-    if unused.any():  # filled holes keep their page through its own reference
-        set_flags(machine, dst[unused], off=PG_LOCKED)
-        put_page(machine, dst[unused])
-    pages = migrate.valid
-    if pages.any():
-        old = src[pages]
-        new = np.where(moved, dst, src)[pages]
-        system = ~is_zone_device(machine, new)
-        if system.any():
-            set_flags(machine, new[system], PG_LRU)
-        remove_migration_ptes(machine, old, new)
-        set_flags(machine, old, off=PG_LOCKED)
-        put_page(machine, old)
-    if moved.any():
-        set_flags(machine, dst[moved], off=PG_LOCKED)
-        put_page(machine, dst[moved])
+    busy = np.flatnonzero(migrate.valid | (dst != 0))
+    for first, last in machine.chunks(0, busy.size):
+        part = busy[first:last]
+        _finalize_pages(machine, src[part], dst[part], migrate.valid[part], moved[part])
     vma, vpns = migrate.vma, migrate.vpns
     yield machine.step(
         "The migration entries of {range} are gone: "
@@ -484,6 +522,26 @@ def migrate_vma_finalize(machine: Machine, migrate: MigrateVma) -> Routine[None]
         int(vpns[0]) if vma else 0,
         int(vpns[-1]) + 1 if vma else 0,
     )
+
+
+def _finalize_pages(
+    machine: Machine, src: Pfns, dst: Pfns, valid: Bools, moved: Bools
+) -> None:
+    unused = (dst != 0) & ~moved
+    if unused.any():  # filled holes keep their page through its own reference
+        set_flags(machine, dst[unused], off=PG_LOCKED)
+        put_page(machine, dst[unused])
+    if valid.any():
+        old, new = src[valid], np.where(moved, dst, src)[valid]
+        system = ~is_zone_device(machine, new)
+        if system.any():
+            set_flags(machine, new[system], PG_LRU)
+        remove_migration_ptes(machine, old, new)
+        set_flags(machine, old, off=PG_LOCKED)
+        put_page(machine, old)
+    if moved.any():
+        set_flags(machine, dst[moved], off=PG_LOCKED)
+        put_page(machine, dst[moved])
 
 
 def remove_migration_ptes(machine: Machine, old: Pfns, new: Pfns) -> None:
@@ -532,8 +590,8 @@ def _thaw(machine: Machine, vma: Vma, rows: Pfns, entries: Words, pfns: Pfns) ->
 def migrate_device_range(machine: Machine, pfns: Pfns, owner: int) -> Routine[MigrateVma]:
     """Set up a migration of device frames, ascending, wherever they are mapped.
 
-    Returns the migration; the driver goes on with ``migrate_vma_pages`` and
-    ``migrate_vma_finalize``, which serve it too.
+    Returns the migration; the driver copies, and goes on with :func:`migrate_device_pages` and
+    :func:`migrate_device_finalize`.
     """
     migrate = MigrateVma(None, pfns, owner, 0)
     rows = page_rows(machine, pfns)

@@ -94,7 +94,7 @@ def _reserve_frames(machine: Machine) -> None:
 # --- frame numbers and rows -----------------------------------------------------------------------
 
 
-def page_rows(state: Machine, pfns: Pfns) -> Pfns:
+def page_rows(state: State, pfns: Pfns) -> Pfns:
     """Rows of the ``page.*`` columns for frame numbers (``pfn_to_page``)."""
     if pfns.size == 0 or pfns.max() < state.ram_pages:
         return pfns
@@ -108,9 +108,9 @@ def as_rows(rows: Pfns) -> Rows:
     return rows
 
 
-def is_zone_device(machine: Machine, pfns: Pfns) -> np.ndarray:
+def is_zone_device(state: State, pfns: Pfns) -> np.ndarray:
     """Whether frames are device memory, bool of the shape of ``pfns``."""
-    return pfns >= machine.ram_pages
+    return pfns >= state.ram_pages
 
 
 # --- references and flags -------------------------------------------------------------------------

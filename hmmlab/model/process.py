@@ -69,6 +69,7 @@ class Process:
         self._slots = 0
         self.mm = new_mm(machine, self.name)
         processes[self.mm] = self
+        machine.names.processes[self.mm] = self.name
 
     def __repr__(self) -> str:
         return f"Process({self.name!r}, regions {', '.join(self.regions) or 'none yet'})"

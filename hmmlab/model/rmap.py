@@ -18,6 +18,7 @@ from hmmlab.model.machine import Machine
 from hmmlab.model.mm_types import Vma, mm_root, vma_at
 from hmmlab.model.page import PG_ANON, PG_ANON_EXCLUSIVE, as_rows, page_rows, set_flags
 from hmmlab.model.page_table import walk
+from hmmlab.model.state import State
 
 __all__ = [
     "Mappings",
@@ -65,18 +66,18 @@ def page_remove_rmap(machine: Machine, pfns: Pfns) -> None:
         machine.add("page.mapcount", as_rows(page_rows(machine, pfns)), -1)
 
 
-def rmap_walk(machine: Machine, pfns: Pfns) -> Mappings:
+def rmap_walk(state: State, pfns: Pfns) -> Mappings:
     """Every entry that names one of ``pfns``: present, device or migration entry."""
-    rows = page_rows(machine, pfns)
-    anon_vmas, index = machine["page.mapping"][rows], machine["page.index"][rows]
+    rows = page_rows(state, pfns)
+    anon_vmas, index = state["page.mapping"][rows], state["page.index"][rows]
     found: list[tuple[NDArray[np.int64], ...]] = []
     for anon_vma in np.unique(anon_vmas).tolist():
         if not anon_vma:
             continue
-        links = np.flatnonzero(machine["avc.anon_vma"] == anon_vma)
+        links = np.flatnonzero(state["avc.anon_vma"] == anon_vma)
         members = np.flatnonzero(anon_vmas == anon_vma)
-        for vma_row in machine["avc.vma"][links].tolist():
-            found.append(_entries_in(machine, vma_at(machine, vma_row), members, index, pfns))
+        for vma_row in state["avc.vma"][links].tolist():
+            found.append(_entries_in(state, vma_at(state, vma_row), members, index, pfns))
     if not found:
         empty = np.zeros(0, np.int64)
         return Mappings(empty, empty, empty, empty)
@@ -86,7 +87,7 @@ def rmap_walk(machine: Machine, pfns: Pfns) -> Mappings:
 
 
 def _entries_in(
-    machine: Machine, vma: Vma, members: NDArray[np.int64], index: Pfns, pfns: Pfns
+    state: State, vma: Vma, members: NDArray[np.int64], index: Pfns, pfns: Pfns
 ) -> tuple[NDArray[np.int64], ...]:
     """Entries of one mapping that name one of the frames ``pfns[members]``."""
     vpns = index[members] - vma.pgoff_of(0)
@@ -95,11 +96,11 @@ def _entries_in(
     rows = np.full(vpns.size, -1, np.int64)
     if vpns.size:
         low, high = int(vpns.min()), int(vpns.max()) + 1
-        for run in walk(machine, mm_root(machine, vma.mm), low, high):
+        for run in walk(state, mm_root(state, vma.mm), low, high):
             if run.row >= 0:
                 there = (vpns >= run.start) & (vpns < run.stop)
                 rows[there] = run.row + vpns[there] - run.start
-    words = np.where(rows >= 0, machine["pte"][rows], np.uint64(0))
+    words = np.where(rows >= 0, state["pte"][rows], np.uint64(0))
     named = np.where(
         is_present(words), pfn_of(words), np.where(is_swap_type(words), swap_offset_pfn(words), -1)
     )

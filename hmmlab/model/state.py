@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
+from hmmlab.model.names import Names
+
 __all__ = ["Rows", "State", "first_and_last", "row_numbers"]
 
 #: Rows of a column: a slice where they are contiguous, an int64 array otherwise, or one row.
@@ -98,10 +100,19 @@ class State(Mapping[str, NDArray[Any]]):
     are replaced when a column grows, so fetch them anew after a write. Changing is the business of
     :class:`~hmmlab.model.machine.Machine`, which keeps a record of it, and of
     :class:`~hmmlab.model.trace.Replay`, which follows that record.
+
+    Attributes
+    ----------
+    ram_pages
+        Pages of RAM; where device memory has its rows follows from it.
+    names
+        The reader's names, which copies share.
     """
 
-    def __init__(self, dtypes: Mapping[str, DTypeLike]) -> None:
+    def __init__(self, dtypes: Mapping[str, DTypeLike], ram_pages: int) -> None:
         self._columns = {name: _Column(dtype) for name, dtype in dtypes.items()}
+        self.ram_pages = ram_pages
+        self.names = Names()
 
     def __getitem__(self, name: str) -> NDArray[Any]:
         return self._columns[name].array
@@ -133,7 +144,8 @@ class State(Mapping[str, NDArray[Any]]):
 
     def copy(self) -> State:
         """A state of its own with the same values."""
-        twin = State({})
+        twin = State({}, self.ram_pages)
+        twin.names = self.names
         twin._columns = {name: column.copy() for name, column in self._columns.items()}
         return twin
 

@@ -34,6 +34,8 @@ from hmmlab.model.migrate import (
     SELECT_DEVICE_PRIVATE,
     SELECT_SYSTEM,
     MigrateVma,
+    migrate_device_finalize,
+    migrate_device_pages,
     migrate_device_range,
     migrate_vma_finalize,
     migrate_vma_pages,
@@ -496,5 +498,5 @@ class Dmirror(Driver):
             wanted = np.flatnonzero(migrate.migrating)
             if wanted.size:
                 self._fill_dst(migrate, wanted)
-            yield from migrate_vma_pages(self.machine, migrate)
-            yield from migrate_vma_finalize(self.machine, migrate)
+            yield from migrate_device_pages(self.machine, migrate)
+            yield from migrate_device_finalize(self.machine, migrate)

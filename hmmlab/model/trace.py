@@ -15,9 +15,10 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from hmmlab.model.names import Names
 from hmmlab.model.state import Rows, State, row_numbers
 
-__all__ = ["Event", "Names", "Observer", "Operation", "Replay", "Step", "Trace", "Write"]
+__all__ = ["Event", "Observer", "Operation", "Replay", "Step", "Trace", "Write"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,36 +114,6 @@ class Observer(Protocol):
         """A step is complete."""
 
 
-class Names:
-    """The reader's names for ranges of an address space, and sentences that use them."""
-
-    def __init__(self) -> None:
-        self.regions: dict[tuple[int, str], tuple[int, int]] = {}
-
-    def learn(self, mm: int, name: str, start: int, stop: int) -> None:
-        """Call the pages from ``start`` to ``stop`` of ``mm`` by a name; a longer range wins."""
-        old = self.regions.get((mm, name), (start, stop))
-        self.regions[mm, name] = (old[0], max(old[1], stop))
-
-    def of(self, mm: int) -> dict[str, tuple[int, int]]:
-        """All names of one address space with their ranges."""
-        return {name: pages for (owner, name), pages in self.regions.items() if owner == mm}
-
-    def place(self, mm: int, start: int, stop: int) -> str:
-        """A range in words, such as ``A page 5`` or ``A pages 0 to 15``."""
-        for name, (first, last) in self.of(mm).items():
-            if first <= start < last:
-                a, b = start - first, stop - first - 1
-                return f"{name} page {a}" if a >= b else f"{name} pages {a} to {b}"
-        if start == 0 and stop > 1 << 36:
-            return "the whole address space"
-        return f"pages {start:#x} to {stop - 1:#x}" if stop > start + 1 else f"page {start:#x}"
-
-    def sentence(self, step: Step) -> str:
-        """What a step did, in one sentence."""
-        return step.text.format(range=self.place(step.mm, step.start, step.stop))
-
-
 @dataclass
 class Trace:
     """A recording of a machine: where it started, and every step since.
@@ -155,17 +126,19 @@ class Trace:
         One :class:`Event` a step. Position ``i`` of a replay is the state after ``i`` events.
     operations
         The operations in the order in which they began.
-    names
-        The reader's names for regions.
     """
 
     base: State
-    names: Names
     events: list[Event] = field(default_factory=list)
     operations: list[Operation] = field(default_factory=list)
     listeners: list[Callable[[], None]] = field(default_factory=list)
     _writes: list[Write] = field(default_factory=list)
     _open: list[int] = field(default_factory=list)
+
+    @property
+    def names(self) -> Names:
+        """The reader's names."""
+        return self.base.names
 
     def __len__(self) -> int:
         return len(self.events)

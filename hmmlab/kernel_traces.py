@@ -1,0 +1,210 @@
+"""The judge: hold the model's answers, and the order of its calls, against a real kernel's.
+
+A recording is a ``.jsonl`` file with one object an operation. Either it has the events of the
+operation (``notify`` and ``faults_handled``) or the kernel's own nested function calls (``calls``).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hmmlab.model.machine import BULK
+from hmmlab.scenario import ScenarioError, parse
+from hmmlab.session import Session, Unsupported
+
+__all__ = [
+    "KERNEL",
+    "KNOWN_CALLS",
+    "RecordingError",
+    "Verdict",
+    "compare",
+    "judge",
+    "read_recording",
+    "reduce_calls",
+]
+
+#: The kernel that the recordings come from.
+KERNEL = "Linux 6.1.192"
+
+#: Functions that both the recordings and the model's steps tell of: the rest is inlined there, or
+#: is below the grain of the model here.
+KNOWN_CALLS = frozenset(
+    """
+    __x64_sys_mmap __x64_sys_munmap __x64_sys_mprotect __x64_sys_madvise __x64_sys_mremap
+    mprotect_fixup change_protection zap_page_range_single unmap_vmas unmap_page_range free_pgtables
+    move_page_tables vma_to_resize
+    handle_mm_fault do_wp_page do_swap_page page_add_new_anon_rmap page_remove_rmap
+    mmu_interval_notifier_insert mmu_interval_notifier_remove mmu_interval_read_begin
+    __mmu_notifier_invalidate_range_start __mmu_notifier_invalidate_range_end
+    hmm_range_fault walk_page_range hmm_vma_walk_test hmm_vma_walk_pmd hmm_vma_walk_hole
+    migrate_vma_setup migrate_vma_collect_pmd migrate_vma_collect_hole migrate_device_unmap remove_migration_ptes
+    try_to_migrate migrate_vma_pages
+    migrate_vma_finalize free_zone_device_page
+    """.split()
+)
+
+Answers = Sequence[Mapping[str, Any]]
+Calls = list[tuple[int, str]]
+
+
+class RecordingError(ValueError):
+    """A file that is no recording: where, and what was expected."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How some answers compare with a recording.
+
+    Attributes
+    ----------
+    kind
+        "same", "differs" or "unrecorded": the first so many agree and the rest was not recorded.
+    matched, total
+        Operations that agree, from the first on, and operations recorded.
+    text
+        The verdict in one line.
+    detail
+        Both values where they differ first.
+    """
+
+    kind: str
+    matched: int
+    total: int
+    text: str
+    detail: str = ""
+
+
+def read_recording(path: Path) -> list[dict[str, Any]]:
+    """The objects of a recording.
+
+    Raises
+    ------
+    RecordingError
+        ``file:line: what was expected`` for the first line that is no answer.
+    OSError
+        When it cannot be read.
+    """
+    answers = []
+    try:
+        lines = path.read_text("utf-8").splitlines()
+    except UnicodeDecodeError:
+        raise RecordingError(f"{path}:1: expected JSON lines in UTF-8") from None
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            answer = json.loads(line)
+        except (ValueError, RecursionError):
+            answer = None
+        if not (
+            isinstance(answer, dict)
+            and isinstance(answer.get("op"), str)
+            and isinstance(answer.get("proc"), str)
+        ):
+            raise RecordingError(
+                f"{path}:{number}: expected a JSON object with 'proc', 'op' and 'ret'"
+            )
+        answers.append(answer)
+    if not answers:
+        raise RecordingError(f"{path}:1: expected an answer a line, the file has none")
+    return answers
+
+
+def compare(answers: Answers, recording: Answers) -> Verdict:
+    """How answers compare with a recording, operation by operation and key by key."""
+    total = len(recording)
+    for number, (mine, theirs) in enumerate(zip(answers, recording, strict=False)):
+        key = _first_difference(mine, theirs)
+        if key:
+            op = str(theirs["op"])
+            return Verdict(
+                "differs",
+                number,
+                total,
+                f"first difference: operation {number + 1} ({op}), key {key}",
+                f"{key}\n  {KERNEL}: {_shown(theirs, key)}\n  model: {_shown(mine, key)}",
+            )
+    matched = min(len(answers), total)
+    text = f"{matched}/{total} operations as {KERNEL}"
+    if not total:
+        return Verdict("unrecorded", 0, 0, f"not recorded on {KERNEL}")
+    if len(answers) > total:
+        return Verdict(
+            "unrecorded", matched, total, f"{text}; not recorded: your own since {total + 1}"
+        )
+    return Verdict("same", matched, total, text)
+
+
+def _first_difference(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> str:
+    keys = [*theirs, *(key for key in mine if key not in theirs)]
+    return next((key for key in keys if mine.get(key, ...) != theirs.get(key, ...)), "")
+
+
+def _shown(answer: Mapping[str, Any], key: str) -> str:
+    return json.dumps(answer[key]) if key in answer else "no such key"
+
+
+def reduce_calls(calls: Iterable[Sequence[Any]]) -> Calls:
+    """Nested calls without the functions that only one side knows, depths counted anew."""
+    reduced: Calls = []
+    around: list[int] = []
+    for depth, name in calls:
+        while around and around[-1] >= depth:
+            around.pop()
+        if name in KNOWN_CALLS:
+            reduced.append((len(around), name))
+            around.append(depth)
+    return reduced
+
+
+def judge(recording: Answers, name: str = "recording", *, grain: int = BULK) -> Verdict:
+    """Run the operations of a recording on a new machine and compare.
+
+    A recording with ``calls`` is run page by page, as the kernel goes, and its calls are compared
+    as far as :data:`KNOWN_CALLS` goes.
+
+    Raises
+    ------
+    RecordingError
+        When an operation of the recording is none.
+    """
+    lines = [_line(answer) for answer in recording]
+    try:
+        operations = parse("\n".join(lines), name)
+    except ScenarioError as error:
+        raise RecordingError(str(error)) from None
+    if len(operations) != len(recording):
+        raise RecordingError(f"{name}: expected one operation an answer")
+    with_calls = any("calls" in answer for answer in recording)
+    session = Session(grain=1 if with_calls else grain, record=False)
+    answers: list[dict[str, Any]] = []
+    wanted: list[dict[str, Any]] = []
+    for operation, theirs in zip(operations, recording, strict=True):
+        try:
+            mine = session.perform(operation)
+        except Unsupported as error:
+            total, done = len(recording), len(answers)
+            verdict = compare(answers, wanted)
+            if verdict.kind == "differs":
+                return verdict
+            return Verdict("differs", done, total, f"{done}/{total} operations; {error}")
+        if "calls" in theirs:
+            mine = {k: v for k, v in mine.items() if k not in ("notify", "faults_handled")}
+            mine["calls"] = [list(call) for call in reduce_calls(session.calls)]
+            theirs = {
+                **theirs,
+                "calls": [list(call) for call in reduce_calls(theirs["calls"])],
+            }
+        answers.append(mine)
+        wanted.append(dict(theirs))
+    return compare(answers, wanted)
+
+
+def _line(answer: Mapping[str, Any]) -> str:
+    """The line of the scenario that an answer is for."""
+    op, proc = str(answer["op"]), str(answer["proc"])
+    return op if proc == "p0" else f"on {proc} {op}"
