@@ -341,7 +341,7 @@ class Driver:
                 if error.errno != _EBUSY:
                     raise
                 yield machine.step(
-                    "{range} was invalidated meanwhile: again.", range.mm, range.start, range.end
+                    "{range}: invalidated meanwhile, so it looks again.", range.mm, range.start, range.end
                 )
                 continue
             finally:
@@ -351,7 +351,7 @@ class Driver:
                 return
             machine.up_write(self.lock)
             yield machine.step(
-                "The answer for {range} is stale: again.", range.mm, range.start, range.end
+                "The answer for {range} is stale, so it looks again.", range.mm, range.start, range.end
             )
 
     def map_answers(self, range: HmmRange) -> None:

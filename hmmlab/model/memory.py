@@ -134,7 +134,7 @@ def handle_mm_fault(
         marks = ACCESSED | (DIRTY | SOFT_DIRTY if write else 0)
         machine.write("pte", _some(rows, ready), words[ready] | np.uint64(marks))
         yield machine.step(
-            "{range} is there already: only its age changes.",
+            "{range}: there already, so only the age changes.",
             vma.mm,
             int(vpns[ready][0]),
             int(vpns[ready][-1]) + 1,
@@ -229,7 +229,7 @@ def wp_page_copy(machine: Machine, vma: Vma, vpns: Pfns, rows: Rows, words: Word
     machine.write("pte", rows, present_word(new, _born_dirty(vma, vm_page_prot(vma.flags))))
     page_remove_rmap(machine, old[normal])
     yield machine.step(
-        "{range} gets a frame of its own; "
+        "A frame of its own for {range}: "
         + ("the old one keeps its readers." if normal.all() else "so far it was the zero page."),
         vma.mm,
         int(vpns[0]),
@@ -375,4 +375,4 @@ def _zap(
     page_remove_rmap(machine, pfns)
     put_page(machine, pfns)
     first, last = start + int(used[0]), start + int(used[-1]) + 1
-    yield machine.step("{range} is no longer mapped.", vma.mm, first, last)
+    yield machine.step("{range}: no longer mapped.", vma.mm, first, last)

@@ -110,7 +110,7 @@ def sys_mmap(machine: Machine, mm: int, start: int, pages: int, prot: str) -> Ro
             vma = new_vma(machine, mm, start, start + pages, flags, start)
         machine.write("vma.flags", vma.row, vma.flags | VM_SOFTDIRTY)
         yield machine.step(
-            "{range} is promised, and no page of it is there yet.", mm, start, start + pages
+            "{range}: promised by a mapping, and not one page is there yet.", mm, start, start + pages
         )
     finally:
         machine.up_write(lock)

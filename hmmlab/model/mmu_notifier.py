@@ -225,7 +225,7 @@ def _range_end(machine: Machine, range: MmuNotifierRange) -> Routine[None]:
         for single in _singles(range):
             yield from _maybe(machine.objects["notifier"][row].invalidate_range_end(single))
     yield machine.step(
-        "{range} has changed; who was told may look again.",
+        "{range}: the change is over, and who was told may look again.",
         range.mm,
         int(range.start[0]),
         int(range.end[-1]),
@@ -271,7 +271,9 @@ def _maybe(answer: Any) -> Routine[Any]:
 
 
 def _start_sentence(range: MmuNotifierRange, told: int) -> str:
-    who = {0: "Nobody listens", 1: "One subscription is told"}.get(told, f"{told} are told")
+    who = {0: "No interval is hit", 1: "One subscription is told"}.get(
+        told, f"{told} subscriptions are told"
+    )
     series = "" if range.size == 1 else f", one page after another ({range.size} times)"
     return f"{who}: {range.event.name} of {{range}} begins{series}."
 

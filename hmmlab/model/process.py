@@ -37,6 +37,7 @@ from hmmlab.model.test_hmm import PRIVATE_UNITS, Dmirror
 __all__ = ["Process"]
 
 D = TypeVar("D", bound=Driver)
+R = TypeVar("R")
 
 _ADVICE = {"dontneed": sys_madvise_dontneed}
 
@@ -225,6 +226,11 @@ class Process:
     def _moved(self, where: Pages, to: Pages) -> Routine[Pages]:
         yield from sys_mremap(self.machine, self.mm, where.start, len(where), to.start)
         return to
+
+    @operation
+    def run(self, text: str, routine: Routine[R]) -> tuple[str, Routine[R]]:
+        """Run any kernel or driver routine as an operation called ``text``."""
+        return text, routine
 
     # --- access -----------------------------------------------------------------------------------
     @operation
