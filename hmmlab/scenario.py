@@ -118,16 +118,16 @@ def _word(kind: str, word: str, scope: Scope) -> Any:
     elif kind == "prot":
         try:
             flags_of_prot(word)
-        except ValueError as error:
-            raise ScenarioError(f"expected a protection: {error}") from None
+        except ValueError:
+            raise ScenarioError(f"expected letters of 'rwx' or 'none', not {word!r}") from None
         return word
     elif not (word.isascii() and word.isidentifier() and len(word) < 16):
         raise ScenarioError(f"expected a name for a {kind.split()[1]}, not {word!r}")
     else:
         return word
     if word not in choices:
-        known = ", ".join(choices) or "none is known here yet"
-        raise ScenarioError(f"expected {_A[kind]}, one of {known}; not {word!r}")
+        known = f"one of {', '.join(choices)}" if choices else "and none is known here yet"
+        raise ScenarioError(f"expected {_A[kind]}, {known}; not {word!r}")
     return int(word) if kind in ("unit", "node", "clear") else word
 
 

@@ -176,7 +176,7 @@ def alloc_pages(machine: Machine, count: int, node: int = 0) -> Pfns:
         fresh = min(missing - recycled, limit - first - used)
         if recycled:
             stack = machine[f"zone.free_list.{zone}"]
-            taken.append(stack[free - recycled : free].copy())
+            taken.append(stack[free - recycled : free][::-1].copy())
         if fresh:
             taken.append(np.arange(first + used, first + used + fresh))
         missing -= recycled + fresh
@@ -194,7 +194,7 @@ def alloc_pages(machine: Machine, count: int, node: int = 0) -> Pfns:
 def _take_from_zone(machine: Machine, pfns: Pfns) -> None:
     zone = int(pfns[0] >= _node_limits(machine, 0)[1])
     first, _ = _node_limits(machine, zone)
-    if pfns[0] == first + machine["zone.used"][zone]:
+    if pfns[0] >= first + machine["zone.used"][zone]:
         machine.add("zone.used", zone, pfns.size)
     else:
         machine.add("zone.free", zone, -pfns.size)

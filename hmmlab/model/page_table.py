@@ -78,7 +78,7 @@ def _new_tables(machine: Machine, level: str, count: int) -> np.ndarray:
     fresh = count - recycled
     tables = np.concatenate(
         [
-            machine[f"{level}.free_list"][free - recycled : free],
+            machine[f"{level}.free_list"][free - recycled : free][::-1],
             np.arange(used + 1, used + 1 + fresh),
         ]
     )

@@ -1,0 +1,192 @@
+"""What holds after every step, as predicates over columns.
+
+:func:`violations` names every one that does not hold. Some speak only while nothing runs: in the
+middle of an operation the operation itself holds references that no column names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hmmlab.model.entry import (
+    DEVICE_VALID,
+    SPECIAL,
+    Pfns,
+    Words,
+    device_pfn,
+    is_device_private,
+    is_migration,
+    is_present,
+    is_swap_type,
+    pfn_of,
+    swap_offset_pfn,
+)
+from hmmlab.model.geometry import ENTRIES, PMD_PAGES, USER_VPN_END
+from hmmlab.model.mm_types import mm_root, vmas_of
+from hmmlab.model.page import ZERO_PFN, page_rows
+from hmmlab.model.page_table import read_range, walk
+from hmmlab.model.state import State
+
+__all__ = ["violations"]
+
+
+def violations(state: State, *, quiet: bool = True) -> list[str]:
+    """Sentences about what should hold and does not; an empty list when all is well.
+
+    Parameters
+    ----------
+    quiet
+        Whether no operation is running.
+    """
+    found = [
+        *_mapcounts(state),
+        *_sequences(state),
+        *_mirrors(state),
+        *_tables(state),
+        *_vmas(state),
+    ]
+    return [*found, *_references(state), *_free_lists(state)] if quiet else found
+
+
+def _spaces(state: State) -> list[int]:
+    return [int(mm) for mm in np.flatnonzero(state["mm.root"])]
+
+
+def _mapped_words(state: State, root: int) -> Words:
+    """All words of an address space that are not empty."""
+    parts = [
+        state["pte"][run.row : run.row + run.stop - run.start]
+        for run in walk(state, root, 0, USER_VPN_END)
+        if run.row >= 0
+    ]
+    words = np.concatenate(parts) if parts else np.zeros(0, np.uint64)
+    return words[words != 0]
+
+
+def _named(words: Words) -> Pfns:
+    """Frames that words map: present and counted ones, and device entries."""
+    present = is_present(words) & ((words & SPECIAL) == 0)
+    private = is_swap_type(words) & is_device_private(words)
+    return np.concatenate([pfn_of(words[present]), swap_offset_pfn(words[private])])
+
+
+def _counts(state: State) -> NDArray[np.int64]:
+    """How many entries map each row of the page columns."""
+    rows = [page_rows(state, _named(_mapped_words(state, mm_root(state, mm)))) for mm in _spaces(state)]
+    size = state["page.mapcount"].size
+    return np.bincount(np.concatenate(rows or [np.zeros(0, np.int64)]), minlength=size)
+
+
+def _mapcounts(state: State) -> Iterator[str]:
+    for row in np.flatnonzero(_counts(state) != state["page.mapcount"]).tolist():
+        yield (
+            f"frame row {row} is mapped {_counts(state)[row]} times, "
+            f"its mapcount is {state['page.mapcount'][row]}"
+        )
+
+
+def _references(state: State) -> Iterator[str]:
+    """While nothing runs, a reference is a mapping, or a device frame's claim on its backing."""
+    expected = _counts(state)
+    device = np.flatnonzero(state["page.refcount"][state.ram_pages :] > 0) + state.ram_pages
+    np.add.at(expected, state["page.private"][device], 1)
+    expected[ZERO_PFN] = 1
+    size = min(expected.size, state["page.refcount"].size)
+    for row in np.flatnonzero(expected[:size] != state["page.refcount"][:size]).tolist():
+        yield (
+            f"frame row {row} has {state['page.refcount'][row]} references, "
+            f"{expected[row]} are known"
+        )
+
+
+def _free_lists(state: State) -> Iterator[str]:
+    half = state.ram_pages // 2
+    for zone in (0, 1):
+        free = state[f"zone.free_list.{zone}"][: int(state["zone.free"][zone])]
+        if np.unique(free).size != free.size:
+            yield f"a frame stands twice on the free list of node {zone}"
+        if state["page.refcount"][free].any():
+            yield f"a frame on the free list of node {zone} is in use"
+        first = zone * half
+        used = int(state["zone.used"][zone])
+        in_use = int((state["page.refcount"][first : first + used] > 0).sum())
+        reserved = 1 if zone == 0 else 0  # frame 0 names nothing
+        if used != in_use + free.size + reserved:
+            lost = used - in_use - free.size - reserved
+            yield f"{lost} frames of node {zone} are neither free nor in use"
+
+
+def _sequences(state: State) -> Iterator[str]:
+    for mm in _spaces(state):
+        odd = bool(state["mm.invalidate_seq"][mm] & 1)
+        if odd and not state["mm.active_invalidations"][mm]:
+            yield f"the sequence number of mm {mm} is odd, and no invalidation runs"
+
+
+def _mirrors(state: State) -> Iterator[str]:
+    """While no invalidation runs, a device entry names what the CPU's table names."""
+    for file in np.flatnonzero(state["device_file.mm"]).tolist():
+        mm = int(state["device_file.mm"][file])
+        if state["mm.active_invalidations"][mm]:
+            continue
+        root = int(state["device_file.root"][file])
+        for run in walk(state, root, 0, USER_VPN_END):
+            if run.row < 0:
+                continue
+            words = state["pte"][run.row : run.row + run.stop - run.start]
+            cpu = read_range(state, mm_root(state, mm), run.start, run.stop)
+            for page in np.flatnonzero(_stale(state, words, cpu)).tolist():
+                yield f"device file {file} keeps a stale entry for page {run.start + page:#x}"
+
+
+def _stale(state: State, words: Words, cpu: Words) -> NDArray[np.bool_]:
+    swap = is_swap_type(cpu)
+    private = swap & is_device_private(cpu)
+    frames = np.where(swap, swap_offset_pfn(cpu), pfn_of(cpu))
+    backing = state["page.private"][page_rows(state, np.where(private, frames, 0))]
+    data = np.where(private, backing, frames)
+    valid = (words & np.uint64(DEVICE_VALID)) != 0
+    moving = swap & is_migration(cpu)
+    return valid & ~moving & ((cpu == 0) | (data != device_pfn(words)))
+
+
+def _tables(state: State) -> Iterator[str]:
+    """Page tables exist only where a mapping is, and none is used twice."""
+    roots = {mm_root(state, mm): mm for mm in _spaces(state)}
+    files = np.flatnonzero(state["device_file.mm"])
+    seen: list[int] = []
+    for root in [*roots, *state["device_file.root"][files].tolist()]:
+        spans = [(v.start, v.end) for v in vmas_of(state, roots[root])] if root in roots else None
+        for run in walk(state, root, 0, USER_VPN_END):
+            if run.row < 0:
+                continue
+            seen += range(run.row // ENTRIES, (run.row + run.stop - run.start) // ENTRIES)
+            if spans is None:
+                continue
+            for first in range(run.start, run.stop, PMD_PAGES):
+                if not any(a < first + PMD_PAGES and b > first for a, b in spans):
+                    yield f"a page table at page {first:#x} serves no mapping"
+    if len(set(seen)) != len(seen):
+        yield "a page table hangs in two places"
+
+
+def _vmas(state: State) -> Iterator[str]:
+    """Mappings do not overlap, and nothing is mapped outside them."""
+    for mm in _spaces(state):
+        last = 0
+        for vma in vmas_of(state, mm):
+            if vma.start < last or vma.start >= vma.end:
+                yield f"mm {mm}: a mapping at page {vma.start:#x} overlaps or is empty"
+            if last < vma.start:
+                yield from _unmapped(state, mm, last, vma.start)
+            last = vma.end
+        yield from _unmapped(state, mm, last, USER_VPN_END)
+
+
+def _unmapped(state: State, mm: int, start: int, stop: int) -> Iterator[str]:
+    for run in walk(state, mm_root(state, mm), start, stop):
+        if run.row >= 0 and state["pte"][run.row : run.row + run.stop - run.start].any():
+            yield f"mm {mm}: something is mapped outside every mapping, from page {run.start:#x}"

@@ -1,0 +1,171 @@
+"""One operation at every grain, stepped or run, forwards and backwards: always the same.
+
+Which frame of RAM and which page table is handed out may differ with the grain, since no answer
+shows it; all else must not. So states are compared as they read, frames numbered anew in the order
+in which a walk meets them.
+"""
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from hmmlab.invariants import violations
+from hmmlab.model import entry
+from hmmlab.model.machine import BULK, Machine
+from hmmlab.model.mm_types import mm_root, vmas_of
+from hmmlab.model.page import page_rows
+from hmmlab.model.page_table import populated_pmds, read_range
+from hmmlab.session import Session
+
+PAGES = 70  # more than one batch of the driver
+
+
+def reading(machine):
+    """Everything about a machine but the numbers of RAM frames and of page tables."""
+    seen = {}
+    told = []
+
+    def number(pfn):
+        if pfn >= machine.ram_pages:
+            return ("device", int(pfn))
+        return seen.setdefault(int(pfn), len(seen))
+
+    for mm in np.flatnonzero(machine["mm.root"]).tolist():
+        told.append((mm, int(machine["mm.invalidate_seq"][mm])))
+        for vma in vmas_of(machine, mm):
+            told.append(vma[1:])
+            told.append(populated_pmds(machine, mm_root(machine, mm), vma.start, vma.end))
+            for word in read_range(machine, mm_root(machine, mm), vma.start, vma.end):
+                told.append(_cpu_word(machine, np.array([word]), number))
+    for file in np.flatnonzero(machine["device_file.mm"]).tolist():
+        told.append(int(machine["interval.seq"][machine["device_file.subscription"][file]]))
+        for vma in vmas_of(machine, int(machine["device_file.mm"][file])):
+            root = int(machine["device_file.root"][file])
+            for word in read_range(machine, root, vma.start, vma.end):
+                pfn = entry.device_pfn(np.array([word]))[0]
+                told.append((int(word) & 0xFFF, number(pfn)) if word else 0)
+    free = int(machine["dmirror_device.free"][0])
+    told.append(machine["dmirror_device.free_list.0"][:free].tolist())
+    told.append([int(machine["zone.free"][0]) - int(machine["zone.used"][0])])
+    return told
+
+
+def _cpu_word(machine, word, number):
+    if not word[0]:
+        return 0
+    if entry.is_present(word)[0]:
+        pfn, bits = entry.pfn_of(word), int(word[0]) & 0xFFF
+    else:
+        pfn, bits = entry.swap_offset_pfn(word), int(entry.swap_type(word)[0])
+    row = page_rows(machine, pfn)[0]
+    facts = [
+        int(machine[f"page.{c}"][row])
+        for c in ("refcount", "mapcount", "flags", "content", "mapping", "index")
+    ]
+    return bits, number(pfn[0]), facts
+
+
+@st.composite
+def operation(draw):
+    offset = draw(st.integers(0, PAGES - 1))
+    pages = draw(st.integers(1, PAGES - offset))
+    verb = draw(
+        st.sampled_from(
+            "load store store dontneed mprotect munmap mremap read write to_dev to_dev to_sys "
+            "snapshot pagemap".split()
+        )
+    )
+    span = f"A {offset} {pages}"
+    value = draw(st.integers(0, 1000))
+    prot = draw(st.sampled_from(["r", "rw", "rw", "none"]))
+    return {
+        "store": f"store {span} {value}",
+        "dontneed": f"madvise {span} dontneed",
+        "mprotect": f"mprotect {span} {prot}",
+        "mremap": f"mremap {span} B",
+        "write": f"write d0 {span} {value}",
+    }.get(verb, f"{verb} d0 {span}" if verb in ("read", "to_dev", "to_sys", "snapshot") else f"{verb} {span}")
+
+
+SCENARIOS = st.lists(operation(), min_size=1, max_size=12)
+BEGIN = ["open d0 0", f"mmap A {PAGES} rw private"]
+SLOW = settings(
+    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True
+)
+
+
+def session_of(lines, grain, *, record=False):
+    session = Session(Machine(4096, grain=grain), record=record)
+    for line in [*BEGIN, *lines]:
+        session.do(line)
+    return session
+
+
+@SLOW
+@given(SCENARIOS)
+def test_every_grain_gives_the_same(lines):
+    bulk, some, single = (session_of(lines, grain) for grain in (BULK, 9, 1))
+    assert bulk.answers == some.answers == single.answers
+    assert reading(bulk.machine) == reading(some.machine) == reading(single.machine)
+    assert violations(bulk.machine) == []
+    assert violations(single.machine) == []
+
+
+@SLOW
+@given(SCENARIOS, st.integers(0, 10_000))
+def test_forwards_and_backwards_change_nothing(lines, somewhere):
+    session = session_of(lines, 16, record=True)
+    trace = session.trace
+    replay = trace.replay()
+    end = replay.seek(len(trace)).state.copy()
+    assert end == session.machine.copy()
+    middle = somewhere % (len(trace) + 1)
+    there = replay.seek(middle).state.copy()
+    assert replay.seek(0).state == trace.base
+    assert replay.seek(middle).state == there
+    assert replay.seek(len(trace)).state == end
+    assert violations(there, quiet=False) == []
+
+
+@SLOW
+@given(SCENARIOS)
+def test_recording_changes_nothing(lines):
+    assert session_of(lines, BULK, record=True).machine.copy() == (
+        session_of(lines, BULK).machine.copy()
+    )
+
+
+def test_stepping_is_running():
+    stepped, run = Machine(4096), Machine(4096)
+    from hmmlab import Process
+
+    results = []
+    for machine, by_steps in ((stepped, True), (run, False)):
+        process = Process(machine)
+        device = process.open(0)
+        a = process.mmap(100)
+        if by_steps:
+            operation = process.steps.store(a, range(100))
+            names = [step.function for step in operation]
+            assert "handle_mm_fault" in names
+            reading_steps = device.steps.read(a)
+            list(reading_steps)
+            results.append(reading_steps.result)
+        else:
+            process.store(a, range(100))
+            results.append(device.read(a))
+    assert (results[0] == results[1]).all()
+    assert stepped.copy() == run.copy()
+
+
+@pytest.mark.parametrize("grain", [1, 5, BULK])
+def test_content_survives_every_journey(grain):
+    session = Session(Machine(4096, grain=grain), record=False)
+    for line in [*BEGIN, "store A 0 70 1", "to_dev d0 A 0 70", "write d0 A 10 5 900"]:
+        assert session.do(line)["ret"] == 0
+    expected = [*range(1, 11), *range(900, 905), *range(16, 71)]
+    assert session.do("load A 0 70")["data"] == expected
+    assert session.do("to_dev d0 A 0 70")["data"] == expected
+    assert session.do("to_sys d0 A 0 70")["cpages"] == 70
+    assert session.do("read d0 A 0 70")["data"] == expected
