@@ -8,10 +8,11 @@ import pytest
 
 from hmmlab import BULK, Driver, KernelError, Machine, Process
 from hmmlab.invariants import violations
-from hmmlab.model.machine import UnrunOperationWarning
+from hmmlab.model.machine import Actor, Steps, UnrunOperationWarning
 from hmmlab.model.mmu_notifier import mmu_interval_set_seq
 from hmmlab.model.page import ZERO_PFN
 from hmmlab.model.pagemap import PM_PRESENT, PM_SOFT_DIRTY
+from hmmlab.model.schedule import interleave
 
 
 class Forgetful(Driver):
@@ -157,18 +158,49 @@ def test_steps_that_are_dropped_warn_with_their_name(process):
         process.steps.region  # noqa: B018
 
 
-def test_interleaving_waits_for_locks(machine, process, device):
-    """A device read and a munmap, stepped by turns, never leave a stale entry."""
+@pytest.mark.parametrize("order", [None, [0] * 3 + [1] * 9, [1] * 4 + [0] * 20, [0, 1, 1] * 20])
+def test_interleaved_operations_never_leave_a_stale_entry(machine, process, device, order):
     a = process.mmap(70)
     process.store(a, 3)
-    for _ in range(3):
-        reading, unmapping = device.steps.read(a[:64]), process.steps.mprotect(a, "r")
-        actors = [reading, unmapping]
-        while actors:
-            for actor in list(actors):
-                try:
-                    next(actor)
-                except StopIteration:
-                    actors.remove(actor)
-        assert violations(machine) == []
-        process.mprotect(a, "rw")
+    reading, protecting = device.steps.read(a[:64]), process.steps.mprotect(a, "r")
+    taken = interleave([reading, protecting], order)
+    assert {who for who, _ in taken} == {0, 1}
+    assert reading.result.tolist() == [3] * 64
+    assert violations(machine) == []
+
+
+def test_an_invalidation_between_looking_and_mapping_makes_the_device_look_again(
+    machine, process, device
+):
+    """The heart of the protocol: the answer was right, and is stale when the lock is taken."""
+    a = process.mmap(4)
+    process.store(a, 3)
+    reading = device.steps.read(a)
+    for step in reading:
+        if step.function == "walk_page_range":
+            break
+    process.madvise(a, "dontneed")
+    texts = [step.text for step in reading]
+    assert any("stale" in text for text in texts)
+    assert reading.result.tolist() == [0] * 4
+    assert violations(machine) == []
+
+
+def test_two_who_wait_for_each_other_are_found(machine):
+    one, two = machine.new_lock("one"), machine.new_lock("two")
+
+    def both(first, second):
+        yield from machine.down_write(first)
+        yield machine.step("has the first")
+        yield from machine.down_write(second)
+
+    operations = [
+        Steps(machine, "ab", Actor("ab"), both(one, two)),
+        Steps(machine, "ba", Actor("ba"), both(two, one)),
+    ]
+    with pytest.raises(RuntimeError, match="all that are left wait"):
+        interleave(operations)
+    idle = Steps(machine, "idle", Actor("idle"), iter(()))
+    with pytest.raises(ValueError, match="turn of operation 3"):
+        interleave([idle], [3])
+    assert interleave([idle]) == []
