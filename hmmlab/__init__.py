@@ -1,15 +1,15 @@
 """hmmlab: learn how a device shares a process's memory in Linux.
 
-    from hmmlab import Machine, Process, show
+from hmmlab import Machine, Process, show
 
-    machine = Machine()
-    trace = machine.record()
-    process = Process(machine)
-    device = process.open(0)
-    a = process.mmap(16)
-    process.store(a, range(100, 116))
-    device.read(a)
-    show(trace)
+machine = Machine()
+trace = machine.record()
+process = Process(machine)
+device = process.open(0)
+a = process.mmap(16)
+process.store(a, range(100, 116))
+device.read(a)
+show(trace)
 """
 
 from typing import TYPE_CHECKING, Any

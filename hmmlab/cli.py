@@ -58,7 +58,7 @@ def _complain(message: object) -> None:
 
 def _run(args: argparse.Namespace) -> int:
     from hmmlab.scenario import ScenarioError, parse
-    from hmmlab.session import Unsupported, run
+    from hmmlab.session import UnsupportedError, run
 
     path: Path = args.scenario
     try:
@@ -77,7 +77,7 @@ def _run(args: argparse.Namespace) -> int:
         for answer in run(operations):
             print(json.dumps(answer))
             done += 1
-    except Unsupported as error:
+    except UnsupportedError as error:
         sys.stdout.flush()
         _complain(f"{path}:{operations[done].line}: {error}")
         return _UNSUPPORTED

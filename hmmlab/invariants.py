@@ -75,7 +75,9 @@ def _named(words: Words) -> Pfns:
 
 def _counts(state: State) -> NDArray[np.int64]:
     """How many entries map each row of the page columns."""
-    rows = [page_rows(state, _named(_mapped_words(state, mm_root(state, mm)))) for mm in _spaces(state)]
+    rows = [
+        page_rows(state, _named(_mapped_words(state, mm_root(state, mm)))) for mm in _spaces(state)
+    ]
     size = state["page.mapcount"].size
     return np.bincount(np.concatenate(rows or [np.zeros(0, np.int64)]), minlength=size)
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from hmmlab.model.machine import BULK
 from hmmlab.scenario import ScenarioError, parse
-from hmmlab.session import Session, Unsupported
+from hmmlab.session import Session, UnsupportedError
 
 __all__ = [
     "KERNEL",
@@ -33,18 +33,45 @@ KERNEL = "Linux 6.1.192"
 #: Functions that both the recordings and the model's steps tell of: the rest is inlined there, or
 #: is below the grain of the model here.
 KNOWN_CALLS = frozenset(
-    """
-    __x64_sys_mmap __x64_sys_munmap __x64_sys_mprotect __x64_sys_madvise __x64_sys_mremap
-    mprotect_fixup change_protection zap_page_range_single unmap_vmas unmap_page_range free_pgtables
-    move_page_tables vma_to_resize
-    handle_mm_fault do_wp_page do_swap_page page_add_new_anon_rmap page_remove_rmap
-    mmu_interval_notifier_insert mmu_interval_notifier_remove mmu_interval_read_begin
-    __mmu_notifier_invalidate_range_start __mmu_notifier_invalidate_range_end
-    hmm_range_fault walk_page_range hmm_vma_walk_test hmm_vma_walk_pmd hmm_vma_walk_hole
-    migrate_vma_setup migrate_vma_collect_pmd migrate_vma_collect_hole migrate_device_unmap remove_migration_ptes
-    try_to_migrate migrate_vma_pages
-    migrate_vma_finalize free_zone_device_page
-    """.split()
+    [
+        "__x64_sys_mmap",
+        "__x64_sys_munmap",
+        "__x64_sys_mprotect",
+        "__x64_sys_madvise",
+        "__x64_sys_mremap",
+        "mprotect_fixup",
+        "change_protection",
+        "zap_page_range_single",
+        "unmap_vmas",
+        "unmap_page_range",
+        "free_pgtables",
+        "move_page_tables",
+        "vma_to_resize",
+        "handle_mm_fault",
+        "do_wp_page",
+        "do_swap_page",
+        "page_add_new_anon_rmap",
+        "page_remove_rmap",
+        "mmu_interval_notifier_insert",
+        "mmu_interval_notifier_remove",
+        "mmu_interval_read_begin",
+        "__mmu_notifier_invalidate_range_start",
+        "__mmu_notifier_invalidate_range_end",
+        "hmm_range_fault",
+        "walk_page_range",
+        "hmm_vma_walk_test",
+        "hmm_vma_walk_pmd",
+        "hmm_vma_walk_hole",
+        "migrate_vma_setup",
+        "migrate_vma_collect_pmd",
+        "migrate_vma_collect_hole",
+        "migrate_device_unmap",
+        "remove_migration_ptes",
+        "try_to_migrate",
+        "migrate_vma_pages",
+        "migrate_vma_finalize",
+        "free_zone_device_page",
+    ]
 )
 
 Answers = Sequence[Mapping[str, Any]]
@@ -186,7 +213,7 @@ def judge(recording: Answers, name: str = "recording", *, grain: int = BULK) -> 
     for operation, theirs in zip(operations, recording, strict=True):
         try:
             mine = session.perform(operation)
-        except Unsupported as error:
+        except UnsupportedError as error:
             total, done = len(recording), len(answers)
             verdict = compare(answers, wanted)
             if verdict.kind == "differs":

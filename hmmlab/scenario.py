@@ -14,10 +14,20 @@ from hmmlab.model.region import REGION_PAGES
 
 __all__ = ["Operation", "ScenarioError", "Scope", "parse", "parse_line"]
 
-ADVICE = (
-    "dontneed free hugepage nohugepage pageout cold remove populate_read populate_write collapse "
-    "wipeonfork dontfork"
-).split()
+ADVICE = [
+    "dontneed",
+    "free",
+    "hugepage",
+    "nohugepage",
+    "pageout",
+    "cold",
+    "remove",
+    "populate_read",
+    "populate_write",
+    "collapse",
+    "wipeonfork",
+    "dontfork",
+]
 KINDS = ("private", "shared", "file_private", "file_shared", "hugetlb", "mixed")
 
 _RANGE = ("region", "off", "pages")
@@ -150,8 +160,8 @@ def _parse_words(words: list[str], scope: Scope) -> tuple[tuple[str, ...], str, 
         if len(words) < 3:
             raise ScenarioError("expected 'on CHILD OPERATION'")
         child = _word("child", words[1], scope)
-        who, verb, args = _parse_words(words[2:], scope.children[child])
-        return (child, *who), verb, args
+        who, verb, inner = _parse_words(words[2:], scope.children[child])
+        return (child, *who), verb, inner
     if verb not in _GRAMMAR:
         raise ScenarioError(f"expected an operation, not {verb!r}")
     kinds, rest = _GRAMMAR[verb], words[1:]

@@ -40,10 +40,10 @@ from hmmlab.model.test_hmm import PRIVATE_UNITS, Dmirror
 from hmmlab.model.trace import Step, Trace
 from hmmlab.scenario import Operation, ScenarioError, Scope, parse_line
 
-__all__ = ["Session", "Unsupported", "run"]
+__all__ = ["Session", "UnsupportedError", "run"]
 
 
-class Unsupported(ValueError):
+class UnsupportedError(ValueError):
     """An operation of the language that the model does not have yet."""
 
 
@@ -178,7 +178,7 @@ class Session:
         ------
         ScenarioError
             When it is no operation; nothing has happened then.
-        Unsupported
+        UnsupportedError
             When the model does not have it yet; nothing has happened then.
         """
         scope = copy.deepcopy(self._scope)
@@ -341,7 +341,7 @@ class Session:
         ret, answer = self._run(operation, known, _checked(routine, start, stop))
         answer = answer or Answer()
         found = {"ret": ret, "cpages": answer.cpages, "faults": answer.faults}
-        if data and not ret:
+        if answer.data is not None and data and not ret:
             found["data"] = answer.data.tolist()
         return found
 
@@ -390,7 +390,7 @@ def _counting(first: int, pages: int) -> NDArray[np.uint64]:
 
 
 def check_supported(operation: Operation) -> None:
-    """Raise Unsupported for what the model does not have yet."""
+    """Raise UnsupportedError for what the model does not have yet."""
     args = operation.args
     missing = not hasattr(Session, f"_{operation.verb}")
     missing |= bool(operation.who)
@@ -398,7 +398,7 @@ def check_supported(operation: Operation) -> None:
     missing |= operation.verb == "madvise" and args["advice"] != "dontneed"
     missing |= operation.verb == "open" and args["unit"] not in PRIVATE_UNITS
     if missing:
-        raise Unsupported(f"the model does not have {operation.text!r} yet")
+        raise UnsupportedError(f"the model does not have {operation.text!r} yet")
 
 
 def run(operations: list[Operation], session: Session | None = None) -> Iterator[dict[str, Any]]:

@@ -133,7 +133,7 @@ class Driver:
 
     # --- what one asks of it ----------------------------------------------------------------------
     @operation
-    def open(self) -> tuple[str, Routine[None]]:
+    def open(self) -> tuple[str, Routine[Driver]]:
         """Open the device: subscribe to every change of the address space."""
         return f"open {self.name} {self.device - 1}", self.open_file()
 
@@ -232,7 +232,7 @@ class Driver:
         return dropped
 
     def backing(self, pfns: Pfns) -> Pfns:
-        """The frames that hold the data of ``pfns``: themselves, unless the device says otherwise."""
+        """Frames that hold the data of ``pfns``: themselves, unless the device says otherwise."""
         device = is_zone_device(self.machine, pfns)
         if not device.any():
             return pfns
@@ -341,7 +341,10 @@ class Driver:
                 if error.errno != _EBUSY:
                     raise
                 yield machine.step(
-                    "{range}: invalidated meanwhile, so it looks again.", range.mm, range.start, range.end
+                    "{range}: invalidated meanwhile, so it looks again.",
+                    range.mm,
+                    range.start,
+                    range.end,
                 )
                 continue
             finally:
@@ -351,7 +354,10 @@ class Driver:
                 return
             machine.up_write(self.lock)
             yield machine.step(
-                "The answer for {range} is stale, so it looks again.", range.mm, range.start, range.end
+                "The answer for {range} is stale, so it looks again.",
+                range.mm,
+                range.start,
+                range.end,
             )
 
     def map_answers(self, range: HmmRange) -> None:

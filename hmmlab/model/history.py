@@ -81,7 +81,9 @@ class _Hmm:
     @kernel("mm/hmm.c, 2017", "hmm_invalidate_range_start")
     def invalidate_range_start(self, range: MmuNotifierRange) -> Routine[None]:
         """A change begins: count it, and tell no mirror."""
-        yield from self._count(range, "hmm counts one more update: {range}. It tells no mirror yet.")
+        yield from self._count(
+            range, "hmm counts one more update: {range}. It tells no mirror yet."
+        )
 
     @kernel("mm/hmm.c, 2017", "hmm_invalidate_range_end")
     def invalidate_range_end(self, range: MmuNotifierRange) -> Routine[None]:
@@ -150,7 +152,7 @@ def hmm_register(machine: Machine, mm: int) -> Routine[int]:
 @kernel("mm/hmm.c, 2017")
 def hmm_mirror_register(machine: Machine, mirror: HmmMirror, mm: int) -> Routine[int]:
     """Let a mirror hear of an address space. Returns 0, or -EINVAL where something is missing."""
-    if not mm or mirror is None or mirror.ops is None:
+    if not mm or mirror.ops is None:
         return -_EINVAL
     lock = mm_lock(machine, mm)
     yield from machine.down_write(lock)

@@ -103,7 +103,7 @@ class HmmRange:
         self.hmm_pfns[start - self.start : end - self.start] = value
 
 
-class _Again(Exception):
+class _WalkAgainError(Exception):
     """Something was faulted or waited for: walk again from ``last``."""
 
     def __init__(self, last: int) -> None:
@@ -130,7 +130,7 @@ def hmm_range_fault(machine: Machine, range: HmmRange) -> Routine[None]:
         try:
             yield from walk_page_range(machine, range, last)
             return
-        except _Again as again:
+        except _WalkAgainError as again:
             last = again.last
 
 
@@ -175,7 +175,9 @@ def _walk_hole(machine: Machine, range: HmmRange, vma: Vma, run: Run) -> Routine
     pages = LEVEL_PAGES[run.level]
     asked = range.request(run.start, run.stop) if range.asks else np.zeros(0, np.uint64)
     wanted = np.flatnonzero(asked & np.uint64(HMM_PFN_REQ_FAULT))
-    stop = max(run.start, align_down(run.start + int(wanted[0]), pages)) if wanted.size else run.stop
+    stop = (
+        max(run.start, align_down(run.start + int(wanted[0]), pages)) if wanted.size else run.stop
+    )
     if stop > run.start:
         machine.called("hmm_vma_walk_hole", -(-stop // pages) - run.start // pages)
         range.fill(run.start, stop, 0)
@@ -221,7 +223,7 @@ def hmm_vma_walk_pmd(machine: Machine, range: HmmRange, vma: Vma, run: Run) -> R
             at + 1,
             lock="migration_entry_wait",
         )
-        raise _Again(at)
+        raise _WalkAgainError(at)
     write = bool(asked[stop] & HMM_PFN_REQ_WRITE) and not cpu_flags[stop] & HMM_PFN_WRITE
     end = min(run.stop, align_down(at, PMD_PAGES) + PMD_PAGES)
     yield from hmm_vma_fault(machine, vma, at, end, write)
@@ -241,10 +243,10 @@ def _answers(machine: Machine, range: HmmRange, words: Words) -> tuple[Words, Wo
     write that its entry does not allow.
     """
     valid = (words & PRESENT) != 0
-    flags = np.where(valid, np.uint64(HMM_PFN_VALID), np.uint64(0))
+    flags: Words = np.where(valid, np.uint64(HMM_PFN_VALID), np.uint64(0))
     flags |= np.where(valid & ((words & RW) != 0), np.uint64(HMM_PFN_WRITE), np.uint64(0))
     present = valid | is_present(words)
-    answers = np.where(present, pfn_of(words).astype(np.uint64), np.uint64(0)) | flags
+    answers: Words = np.where(present, pfn_of(words).astype(np.uint64), np.uint64(0)) | flags
     final = np.zeros(words.size, np.bool_)
     other = np.flatnonzero(~present & (words != 0))
     if other.size:
@@ -263,9 +265,7 @@ def _answers(machine: Machine, range: HmmRange, words: Words) -> tuple[Words, Wo
 
 
 @kernel("mm/hmm.c")
-def hmm_vma_fault(
-    machine: Machine, vma: Vma, start: int, end: int, write: bool
-) -> Routine[None]:
+def hmm_vma_fault(machine: Machine, vma: Vma, start: int, end: int, write: bool) -> Routine[None]:
     """Fault every page of a chunk, the ones that are there already too.
 
     Raises
@@ -284,4 +284,4 @@ def hmm_vma_fault(
                 )
             except KernelError as error:
                 raise KernelError(_EFAULT, str(error)) from error
-    raise _Again(start)
+    raise _WalkAgainError(start)

@@ -17,7 +17,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import Any, ClassVar, Concatenate, ParamSpec, TypeVar
 
 import numpy as np
-from numpy.typing import DTypeLike, NDArray
+from numpy.typing import DTypeLike
 
 from hmmlab.model.geometry import USER_VPN_END
 from hmmlab.model.state import Rows, State
@@ -210,7 +210,9 @@ def operation(
     return run
 
 
-def _prepare(thing: Any, plan: Callable[..., tuple[str, Routine[Any]]], *args: Any, **kw: Any) -> Steps:
+def _prepare(
+    thing: Any, plan: Callable[..., tuple[str, Routine[Any]]], *args: Any, **kw: Any
+) -> Steps:
     text, body = plan(thing, *args, **kw)
     return Steps(thing.machine, text, thing.actor, body)
 
@@ -429,9 +431,5 @@ class Machine(State):
         self.add("lock.readers", lock, -1)
 
 
-
-
 Machine.declare("lock.writer", np.int32, "1 while somebody holds the lock alone")
 Machine.declare("lock.readers", np.int32, "how many hold the lock together")
-
-

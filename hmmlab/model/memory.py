@@ -10,7 +10,6 @@ Source: mm/memory.c, arch/x86/mm/fault.c.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray

@@ -231,7 +231,9 @@ def walk_page_range(machine: Machine, migrate: MigrateVma, vma: Vma) -> Routine[
             continue
         at = run.start
         while at < run.stop:  # over page tables, or all at once
-            end = min(run.stop, align_down(at, PMD_PAGES) + PMD_PAGES) if table_by_table else run.stop
+            end = (
+                min(run.stop, align_down(at, PMD_PAGES) + PMD_PAGES) if table_by_table else run.stop
+            )
             part = slice(*np.searchsorted(migrate.vpns, (at, end)))
             row = run.row + at - run.start
             if part.start < part.stop:
@@ -334,7 +336,9 @@ def _freeze(
     )
     rows = as_rows(page_rows(machine, pfns))
     flags = machine["page.flags"][rows] | np.uint32(PG_LOCKED)
-    flags = np.where(dirty, flags | np.uint32(PG_DIRTY), flags) & np.uint32(~PG_ANON_EXCLUSIVE & 0xFFFFFFFF)
+    flags = np.where(dirty, flags | np.uint32(PG_DIRTY), flags) & np.uint32(
+        ~PG_ANON_EXCLUSIVE & 0xFFFFFFFF
+    )
     machine.write("page.flags", rows, flags)
     machine.write("pte", word_rows, entries)
     page_remove_rmap(machine, pfns)
@@ -390,9 +394,7 @@ def try_to_migrate(machine: Machine, pfns: Pfns) -> Routine[None]:
         frames = pfns[which[mine]]
         entries = words[mine]
         present = is_present(entries)
-        writable = np.where(
-            present, (entries & RW) != 0, swap_type(entries) == SWP_DEVICE_WRITE
-        )
+        writable = np.where(present, (entries & RW) != 0, swap_type(entries) == SWP_DEVICE_WRITE)
         flags = machine["page.flags"][page_rows(machine, frames)]
         _freeze(
             machine,
@@ -453,9 +455,7 @@ def _migrate_pages(machine: Machine, migrate: MigrateVma) -> Routine[None]:
     )
 
 
-def _fill_holes(
-    machine: Machine, migrate: MigrateVma, vma: Vma, holes: Pfns
-) -> Routine[None]:
+def _fill_holes(machine: Machine, migrate: MigrateVma, vma: Vma, holes: Pfns) -> Routine[None]:
     """Insert new frames where nothing, or the zero page, was (``migrate_vma_insert_page``)."""
     vpns = migrate.vpns
     range = MmuNotifierRange.one(
@@ -524,9 +524,7 @@ def _finalize(machine: Machine, migrate: MigrateVma) -> Routine[None]:
     )
 
 
-def _finalize_pages(
-    machine: Machine, src: Pfns, dst: Pfns, valid: Bools, moved: Bools
-) -> None:
+def _finalize_pages(machine: Machine, src: Pfns, dst: Pfns, valid: Bools, moved: Bools) -> None:
     unused = (dst != 0) & ~moved
     if unused.any():  # filled holes keep their page through its own reference
         set_flags(machine, dst[unused], off=PG_LOCKED)
@@ -595,9 +593,7 @@ def migrate_device_range(machine: Machine, pfns: Pfns, owner: int) -> Routine[Mi
     """
     migrate = MigrateVma(None, pfns, owner, 0)
     rows = page_rows(machine, pfns)
-    usable = (machine["page.refcount"][rows] > 0) & (
-        (machine["page.flags"][rows] & PG_LOCKED) == 0
-    )
+    usable = (machine["page.refcount"][rows] > 0) & ((machine["page.flags"][rows] & PG_LOCKED) == 0)
     frames = pfns[usable]
     if frames.size:
         get_page(machine, frames)

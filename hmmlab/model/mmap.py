@@ -110,7 +110,10 @@ def sys_mmap(machine: Machine, mm: int, start: int, pages: int, prot: str) -> Ro
             vma = new_vma(machine, mm, start, start + pages, flags, start)
         machine.write("vma.flags", vma.row, vma.flags | VM_SOFTDIRTY)
         yield machine.step(
-            "{range}: promised by a mapping, and not one page is there yet.", mm, start, start + pages
+            "{range}: promised by a mapping, and not one page is there yet.",
+            mm,
+            start,
+            start + pages,
         )
     finally:
         machine.up_write(lock)
@@ -224,9 +227,7 @@ def mprotect_fixup(
         VM_ACCOUNT | VM_WRITE | VM_HUGETLB | VM_SHARED | VM_NORESERVE
     ):
         flags |= VM_ACCOUNT  # promised memory stays promised, so this bit never goes again
-    merged = vma_merge(
-        machine, vma.mm, prev, start, stop, flags, vma.anon_vma, vma.pgoff_of(start)
-    )
+    merged = vma_merge(machine, vma.mm, prev, start, stop, flags, vma.anon_vma, vma.pgoff_of(start))
     if merged is None:
         if start != vma.start:
             _, vma = split_vma(machine, vma, start)
@@ -392,9 +393,7 @@ def _move_vma(machine: Machine, vma: Vma, start: int, stop: int, to: int) -> Rou
 
 
 @kernel("mm/mremap.c")
-def move_page_tables(
-    machine: Machine, vma: Vma, start: int, stop: int, to: int
-) -> Routine[None]:
+def move_page_tables(machine: Machine, vma: Vma, start: int, stop: int, to: int) -> Routine[None]:
     """Move words, or whole page tables where both places allow it, inside one UNMAP of the old."""
     root = mm_root(machine, vma.mm)
     range = MmuNotifierRange.one(vma.mm, Event.UNMAP, start, stop, vma=vma.row)

@@ -106,9 +106,7 @@ class MmuNotifierRange:
         return cls(mm, event, np.array([start]), np.array([end]), **rest)
 
     @classmethod
-    def each(
-        cls, mm: int, event: Event, vpns: NDArray[np.int64], **rest: Any
-    ) -> MmuNotifierRange:
+    def each(cls, mm: int, event: Event, vpns: NDArray[np.int64], **rest: Any) -> MmuNotifierRange:
         """One range of one page for each of ``vpns``."""
         return cls(mm, event, vpns, vpns + 1, **rest)
 

@@ -217,7 +217,9 @@ def _free_ram(machine: Machine, pfns: Pfns) -> None:
 
 
 def _sections(first: int, last: int) -> slice:
-    return slice((PHYSICAL_PAGES - last) // SECTION_PAGES, (PHYSICAL_PAGES - first) // SECTION_PAGES)
+    return slice(
+        (PHYSICAL_PAGES - last) // SECTION_PAGES, (PHYSICAL_PAGES - first) // SECTION_PAGES
+    )
 
 
 def free_mem_region(machine: Machine, pages: int) -> int:

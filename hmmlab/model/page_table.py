@@ -11,6 +11,7 @@ Source: arch/x86/include/asm/pgtable.h; mm/memory.c (``__pte_alloc``, ``free_pgt
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -179,7 +180,7 @@ def _walk_pmd_table(state: State, row: int, start: int, stop: int) -> Iterator[R
     step = np.where(tables[1:] == 0, tables[:-1] == 0, tables[1:] == tables[:-1] + 1)
     cuts = [0, *(np.flatnonzero(~step | ((tables[1:] == 0) != (tables[:-1] == 0))) + 1), count]
     base = align_down(start, PMD_PAGES)
-    for first, last in zip(cuts[:-1], cuts[1:], strict=True):
+    for first, last in pairwise(cuts):
         a = max(start, base + int(first) * PMD_PAGES)
         b = min(stop, base + int(last) * PMD_PAGES)
         table = int(tables[first])

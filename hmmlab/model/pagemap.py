@@ -21,8 +21,8 @@ from hmmlab.model.entry import (
     swap_offset_pfn,
     swap_type,
 )
-from hmmlab.model.mm_types import VM_SOFTDIRTY, mm_root, vmas_in
 from hmmlab.model.machine import Machine
+from hmmlab.model.mm_types import VM_SOFTDIRTY, mm_root, vmas_in
 from hmmlab.model.page import PG_ANON, page_rows
 from hmmlab.model.page_table import read_range
 
@@ -50,7 +50,9 @@ def read_pagemap(machine: Machine, mm: int, start: int, stop: int) -> Words:
     )
     frames = np.where(named, np.where(present, pfn_of(words), swap_offset_pfn(words)), 0)
     rows = page_rows(machine, frames)
-    soft_dirty = np.where(present, (words & SOFT_DIRTY) != 0, swap & ((words & SWP_SOFT_DIRTY) != 0))
+    soft_dirty = np.where(
+        present, (words & SOFT_DIRTY) != 0, swap & ((words & SWP_SOFT_DIRTY) != 0)
+    )
     for vma in vmas_in(machine, mm, start, stop):
         if vma.flags & VM_SOFTDIRTY:
             soft_dirty[max(vma.start - start, 0) : vma.end - start] = True

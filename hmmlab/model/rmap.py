@@ -43,7 +43,7 @@ class Mappings(NamedTuple):
 
 
 def page_add_new_anon_rmap(machine: Machine, pfns: Pfns, vma: Vma, vpns: Pfns) -> None:
-    """Let new frames be mapped once, each by ``vma`` at its page in ``vpns``; it owns them alone."""
+    """Let new frames be mapped once, by ``vma`` at pages ``vpns``; it owns them alone."""
     machine.called("page_add_new_anon_rmap", pfns.size)
     rows = as_rows(page_rows(machine, pfns))
     machine.write("page.mapcount", rows, 1)

@@ -8,10 +8,12 @@ reads back without faulting, and a close that empties the whole device.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
 
+from hmmlab.model.driver import Answer, Driver
 from hmmlab.model.entry import (
     DEVICE_VALID,
     DEVICE_WRITE,
@@ -26,7 +28,6 @@ from hmmlab.model.entry import (
     hmm_pfn_to_pfn,
     migrate_pfn,
 )
-from hmmlab.model.driver import Answer, Driver
 from hmmlab.model.geometry import SECTION_PAGES
 from hmmlab.model.hmm import HmmRange
 from hmmlab.model.machine import KernelError, Machine, Routine, kernel, operation
@@ -62,7 +63,6 @@ from hmmlab.model.page import (
     put_page,
     set_flags,
 )
-
 from hmmlab.model.region import Pages
 from hmmlab.model.trace import Step
 
@@ -171,15 +171,13 @@ class DmirrorDevice:
         machine.write(self.free_list, slice(free, free + pfns.size), pfns)
         machine.write("dmirror_device.free", self.unit, free + pfns.size)
 
-    def migrate_to_ram(
-        self, machine: Machine, vma: Vma, vpns: Pfns, pfns: Pfns
-    ) -> Routine[None]:
+    def migrate_to_ram(self, machine: Machine, vma: Vma, vpns: Pfns, pfns: Pfns) -> Routine[None]:
         """The CPU touched device pages: bring each back by a migration of its own."""
         backing = machine["page.private"][page_rows(machine, pfns)]
         files = machine["page.private"][backing]
         # One file after another in page order, for frames are freed in that order.
         edges = [0, *(np.flatnonzero(np.diff(files)) + 1).tolist(), files.size]
-        for first, last in zip(edges[:-1], edges[1:], strict=True):
+        for first, last in pairwise(edges):
             mirror: Dmirror = machine.objects["device_file"][int(files[first])]
             yield from mirror.devmem_fault(vma, vpns[first:last], pfns[first:last])
 

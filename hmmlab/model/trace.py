@@ -238,4 +238,3 @@ class Replay:
     def __iter__(self) -> Iterator[Replay]:
         for position in range(self.position, len(self.trace) + 1):
             yield self.seek(position)
-

@@ -135,7 +135,7 @@ def cpu_states(state: State, mm: int, start: int, stop: int) -> Codes:
 
 
 def device_states(state: State, file: int, start: int, stop: int) -> Codes:
-    """Codes of :data:`~hmmlab.widgets.palette.DEVICE_STATES` for pages ``start`` to ``stop - 1``."""
+    """Codes of :data:`~hmmlab.widgets.palette.DEVICE_STATES` for pages of a device file."""
     words = read_range(state, int(state["device_file.root"][file]), start, stop)
     cpu = read_range(state, mm_root(state, int(state["device_file.mm"][file])), start, stop)
     mapped, writable = (

@@ -1,4 +1,4 @@
-"""The judge: every recording of a real kernel that the model should answer, at more than one grain."""
+"""The judge: every recording that the model should answer, at more than one grain."""
 
 from pathlib import Path
 
@@ -11,7 +11,9 @@ from hmmlab.scenario import parse
 from hmmlab.session import Session
 
 HERE = Path(__file__).parent
-ANSWERS = sorted([*HERE.glob("random/*/*.jsonl"), *HERE.glob("lessons/*.jsonl"), *HERE.glob("asked/*.jsonl")])
+ANSWERS = sorted(
+    [*HERE.glob("random/*/*.jsonl"), *HERE.glob("lessons/*.jsonl"), *HERE.glob("asked/*.jsonl")]
+)
 CALLS = sorted(HERE.glob("calls/*.jsonl"))
 
 

@@ -72,8 +72,22 @@ def operation(draw):
     pages = draw(st.integers(1, PAGES - offset))
     verb = draw(
         st.sampled_from(
-            "load store store dontneed mprotect munmap mremap read write to_dev to_dev to_sys "
-            "snapshot pagemap".split()
+            [
+                "load",
+                "store",
+                "store",
+                "dontneed",
+                "mprotect",
+                "munmap",
+                "mremap",
+                "read",
+                "write",
+                "to_dev",
+                "to_dev",
+                "to_sys",
+                "snapshot",
+                "pagemap",
+            ]
         )
     )
     span = f"A {offset} {pages}"
@@ -85,7 +99,12 @@ def operation(draw):
         "mprotect": f"mprotect {span} {prot}",
         "mremap": f"mremap {span} B",
         "write": f"write d0 {span} {value}",
-    }.get(verb, f"{verb} d0 {span}" if verb in ("read", "to_dev", "to_sys", "snapshot") else f"{verb} {span}")
+    }.get(
+        verb,
+        f"{verb} d0 {span}"
+        if verb in ("read", "to_dev", "to_sys", "snapshot")
+        else f"{verb} {span}",
+    )
 
 
 SCENARIOS = st.lists(operation(), min_size=1, max_size=12)

@@ -4,7 +4,9 @@ from hmmlab.model.mm_types import find_vma, vma_lookup, vmas_of
 
 
 def layout(machine, process):
-    return [(v.start - 0x200000, v.end - 0x200000, v.permissions) for v in vmas_of(machine, process.mm)]
+    return [
+        (v.start - 0x200000, v.end - 0x200000, v.permissions) for v in vmas_of(machine, process.mm)
+    ]
 
 
 def test_protecting_a_part_and_back_merges_again(machine, process):

@@ -105,7 +105,9 @@ def test_read_begin_waits_for_the_hit_to_end(machine, process):
     _, subscription = subscribe(machine, mm, 0, 10)
     hit = change(mm, 1, 2)
     run(machine, invalidate_range_start(machine, hit))
-    waiting = iter(Steps(machine, "wait", Actor("a"), mmu_interval_read_begin(machine, subscription)))
+    waiting = iter(
+        Steps(machine, "wait", Actor("a"), mmu_interval_read_begin(machine, subscription))
+    )
     assert next(waiting).lock
     run(machine, invalidate_range_end(machine, hit))
     assert not next(waiting).lock
