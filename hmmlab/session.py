@@ -16,15 +16,12 @@ from numpy.typing import NDArray
 
 from hmmlab.model.driver import Answer, Driver
 from hmmlab.model.machine import BULK, KernelError, Machine, Routine, Steps
+from hmmlab.model.madvise import sys_madvise_dontneed
 from hmmlab.model.memory import Faults, user_access
-from hmmlab.model.mmap import (
-    sys_madvise_dontneed,
-    sys_mmap,
-    sys_mprotect,
-    sys_mremap,
-    sys_munmap,
-)
+from hmmlab.model.mmap import sys_mmap, sys_munmap
 from hmmlab.model.mmu_notifier import EVERYTHING, MmuNotifierRange
+from hmmlab.model.mprotect import sys_mprotect
+from hmmlab.model.mremap import sys_mremap
 from hmmlab.model.pagemap import (
     PM_FILE,
     PM_MMAP_EXCLUSIVE,

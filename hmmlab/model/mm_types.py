@@ -1,10 +1,10 @@
-"""Address spaces and their mappings: finding, splitting and merging VMAs, and their anon_vmas.
+"""Address spaces and their mappings: finding them, and their anon_vmas.
 
 A VMA is a row of the ``vma.*`` columns; :class:`Vma` is a frozen look at one, so fetch a new one
 after a change. An anon_vma is a number: pages of private memory remember it (``page.mapping``), and
 the ``avc.*`` columns tell which VMAs belong to it, for whoever asks who maps a page.
 
-Source: include/linux/mm_types.h, mm/mmap.c (``vma_merge``, ``__vma_adjust``), mm/rmap.c.
+Source: include/linux/mm_types.h, mm/mmap.c (finding), mm/rmap.c (anon_vmas).
 """
 
 from __future__ import annotations
@@ -44,16 +44,15 @@ __all__ = [
     "find_vma",
     "find_vma_prev",
     "flags_of_prot",
+    "is_singular",
     "mm_lock",
     "mm_root",
     "new_mm",
     "new_vma",
     "remove_vma",
-    "split_vma",
     "vm_page_prot",
     "vma_at",
     "vma_lookup",
-    "vma_merge",
     "vmas_in",
     "vmas_of",
 ]
@@ -265,20 +264,6 @@ def remove_vma(machine: Machine, vma: Vma) -> None:
         machine.write(f"vma.{column}", vma.row, 0)
 
 
-def _move_edges(machine: Machine, vma: Vma, start: int, end: int) -> Vma:
-    machine.write("vma.start", vma.row, start)
-    machine.write("vma.end", vma.row, end)
-    machine.write("vma.pgoff", vma.row, vma.pgoff_of(start))
-    return vma_at(machine, vma.row)
-
-
-def split_vma(machine: Machine, vma: Vma, at: int) -> tuple[Vma, Vma]:
-    """Cut a mapping at page ``at``; returns the lower part and the upper part."""
-    upper = new_vma(machine, vma.mm, at, vma.end, vma.flags, vma.pgoff_of(at))
-    anon_vma_clone(machine, upper, vma)
-    return _move_edges(machine, vma, vma.start, at), vma_at(machine, upper.row)
-
-
 # --- anon_vma -------------------------------------------------------------------------------------
 
 
@@ -286,7 +271,7 @@ def _chain(state: State, vma: Vma) -> np.ndarray:
     return state["avc.anon_vma"][np.flatnonzero(state["avc.vma"] == vma.row)]
 
 
-def _is_singular(state: State, vma: Vma) -> bool:
+def is_singular(state: State, vma: Vma) -> bool:
     """Whether a mapping belongs to just one anon_vma, so to no relative by fork."""
     return _chain(state, vma).size == 1
 
@@ -310,6 +295,7 @@ def anon_vma_prepare(machine: Machine, vma: Vma) -> Vma:
     Two neighbours may share one when only their access permissions differ, so that they can merge
     again later (``find_mergeable_anon_vma``: the next one is asked first).
     """
+    vma = vma_at(machine, vma.row)
     if vma.anon_vma:
         return vma
     above, below = find_vma(machine, vma.mm, vma.end), find_vma_prev(machine, vma.mm, vma.start)[1]
@@ -322,7 +308,7 @@ def anon_vma_prepare(machine: Machine, vma: Vma) -> Vma:
             and neighbour
             and _may_share_anon_vma(low, high)
             and neighbour.anon_vma
-            and _is_singular(machine, neighbour)
+            and is_singular(machine, neighbour)
         ):
             shared = neighbour.anon_vma
     if not shared:
@@ -339,88 +325,3 @@ def _may_share_anon_vma(low: Vma, high: Vma) -> bool:
         and not (low.flags ^ high.flags) & ~(VM_ACCESS_FLAGS | VM_SOFTDIRTY)
         and high.pgoff == low.pgoff_of(high.start)
     )
-
-
-# --- merging --------------------------------------------------------------------------------------
-
-
-def _is_mergeable_anon_vma(state: State, a: int, b: int, vma: Vma | None) -> bool:
-    """Whether mappings with anon_vmas ``a`` and ``b`` may become one.
-
-    A missing one is no obstacle, unless the neighbour ``vma`` came by fork or has none itself.
-    """
-    if (not a or not b) and (vma is None or _is_singular(state, vma)):
-        return True
-    return a == b
-
-
-def _can_merge(state: State, neighbour: Vma, flags: int, anon_vma: int) -> bool:
-    return not (neighbour.flags ^ flags) & ~VM_SOFTDIRTY and _is_mergeable_anon_vma(
-        state, anon_vma, neighbour.anon_vma, neighbour
-    )
-
-
-def vma_merge(
-    machine: Machine,
-    mm: int,
-    prev: Vma | None,
-    start: int,
-    end: int,
-    flags: int,
-    anon_vma: int,
-    pgoff: int,
-) -> Vma | None:
-    """Let a neighbour take over pages ``start`` to ``end - 1``, which shall have these properties.
-
-    ``prev`` is the mapping before, or the one that the pages are cut from when they are not its
-    first. Returns the mapping that now holds them, or None when no neighbour fits.
-    """
-    if flags & VM_SPECIAL:
-        return None
-    mid = find_vma(machine, mm, prev.end if prev else 0)
-    next_ = find_vma(machine, mm, mid.end) if mid and mid.end == end else mid
-    with_prev = (
-        prev is not None
-        and prev.end == start
-        and prev.pgoff_of(start) == pgoff
-        and _can_merge(machine, prev, flags, anon_vma)
-    )
-    with_next = (
-        next_ is not None
-        and next_.start == end
-        and next_.pgoff == pgoff + end - start
-        and _can_merge(machine, next_, flags, anon_vma)
-    )
-    if (
-        prev
-        and next_
-        and with_prev
-        and with_next
-        and _is_mergeable_anon_vma(machine, prev.anon_vma, next_.anon_vma, None)
-    ):
-        return _absorb(machine, prev, prev.start, next_.end)
-    if prev and with_prev:
-        return _absorb(machine, prev, prev.start, end)
-    if next_ and with_next:
-        return _absorb(machine, next_, start, next_.end)
-    return None
-
-
-def _absorb(machine: Machine, vma: Vma, start: int, end: int) -> Vma:
-    """Let ``vma`` grow over its neighbours, and take an anon_vma from them if it has none.
-
-    Neighbours that are covered whole go away; one that is covered in part shrinks.
-    """
-    for other in list(vmas_in(machine, vma.mm, start, end)):
-        if other.row == vma.row:
-            continue
-        if other.anon_vma and not vma.anon_vma:
-            anon_vma_clone(machine, vma, other)
-            vma = vma_at(machine, vma.row)
-        if start <= other.start and other.end <= end:
-            remove_vma(machine, other)
-        elif other.start < start:
-            _move_edges(machine, other, other.start, start)
-        else:
-            _move_edges(machine, other, end, other.end)
-    return _move_edges(machine, vma, start, end)

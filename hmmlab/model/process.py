@@ -21,15 +21,12 @@ from numpy.typing import ArrayLike, NDArray
 
 from hmmlab.model.driver import Driver
 from hmmlab.model.machine import Actor, Machine, Routine, StepsOf, operation
+from hmmlab.model.madvise import sys_madvise_dontneed
 from hmmlab.model.memory import user_access
 from hmmlab.model.mm_types import flags_of_prot, new_mm
-from hmmlab.model.mmap import (
-    sys_madvise_dontneed,
-    sys_mmap,
-    sys_mprotect,
-    sys_mremap,
-    sys_munmap,
-)
+from hmmlab.model.mmap import sys_mmap, sys_munmap
+from hmmlab.model.mprotect import sys_mprotect
+from hmmlab.model.mremap import sys_mremap
 from hmmlab.model.pagemap import read_pagemap
 from hmmlab.model.region import REGION_PAGES, REGION_START, Pages
 from hmmlab.model.test_hmm import PRIVATE_UNITS, Dmirror

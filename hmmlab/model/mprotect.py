@@ -1,0 +1,189 @@
+"""Changing the rights of mapped pages.
+
+Source: mm/mprotect.c.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from hmmlab.model.entry import (
+    DIRTY,
+    PRESENT,
+    RW,
+    SPECIAL,
+    SWP_DEVICE_EXCLUSIVE_READ,
+    SWP_DEVICE_EXCLUSIVE_WRITE,
+    SWP_DEVICE_READ,
+    SWP_DEVICE_WRITE,
+    SWP_MIGRATION_READ_EXCLUSIVE,
+    SWP_MIGRATION_WRITE,
+    SWP_SOFT_DIRTY,
+    Words,
+    is_present,
+    pfn_of,
+    swap_offset,
+    swap_type,
+    swap_word,
+    with_protection,
+)
+from hmmlab.model.machine import KernelError, Machine, Routine, kernel
+from hmmlab.model.mm_types import (
+    VM_ACCESS_FLAGS,
+    VM_ACCOUNT,
+    VM_HUGETLB,
+    VM_NORESERVE,
+    VM_SHARED,
+    VM_WRITE,
+    Vma,
+    find_vma,
+    find_vma_prev,
+    flags_of_prot,
+    mm_lock,
+    mm_root,
+    vm_page_prot,
+    vma_at,
+)
+from hmmlab.model.mmap import split_vma, vma_merge
+from hmmlab.model.mmu_notifier import (
+    Event,
+    MmuNotifierRange,
+    invalidate_range_end,
+    invalidate_range_start,
+)
+from hmmlab.model.page import PG_ANON_EXCLUSIVE, page_rows
+from hmmlab.model.page_table import populated_pmds, walk
+
+__all__ = ["sys_mprotect"]
+
+_ENOMEM = 12
+
+
+@kernel("mm/mprotect.c", "__x64_sys_mprotect")
+def sys_mprotect(machine: Machine, mm: int, start: int, stop: int, prot: str) -> Routine[None]:
+    """Give pages ``start`` to ``stop - 1`` another protection, mapping by mapping.
+
+    Raises
+    ------
+    KernelError
+        ENOMEM at the first page that is not mapped; the mappings before it have changed.
+    """
+    access = flags_of_prot(prot)
+    if stop <= start:
+        return
+    lock = mm_lock(machine, mm)
+    yield from machine.down_write(lock)
+    try:
+        at = start
+        vma, prev = find_vma_prev(machine, mm, start)
+        if vma and vma.start < start:
+            prev = vma
+        while True:
+            if vma is None or vma.start > at:
+                place = machine.names.place(mm, at, at + 1)
+                raise KernelError(_ENOMEM, f"{place} is not mapped")
+            end = min(vma.end, stop)
+            flags = (vma.flags & ~VM_ACCESS_FLAGS) | access
+            prev = yield from mprotect_fixup(machine, vma, prev, at, end, flags)
+            at = max(end, prev.end)
+            if at >= stop:
+                return
+            vma = find_vma(machine, mm, prev.end)
+            if vma and vma.start != at:
+                vma = None
+    finally:
+        machine.up_write(lock)
+
+
+@kernel("mm/mprotect.c")
+def mprotect_fixup(
+    machine: Machine, vma: Vma, prev: Vma | None, start: int, stop: int, flags: int
+) -> Routine[Vma]:
+    """Change the part of one mapping; returns the mapping that holds the part now."""
+    if flags == vma.flags:
+        return vma
+    if flags & VM_WRITE and not vma.flags & (
+        VM_ACCOUNT | VM_WRITE | VM_HUGETLB | VM_SHARED | VM_NORESERVE
+    ):
+        flags |= VM_ACCOUNT  # promised memory stays promised, so this bit never goes again
+    pgoff = vma.pgoff_of(start)
+    merged = yield from vma_merge(machine, vma.mm, prev, start, stop, flags, vma.anon_vma, pgoff)
+    if merged is None:
+        if start != vma.start:
+            _, vma = yield from split_vma(machine, vma, start)
+        if stop != vma.end:
+            vma, _ = yield from split_vma(machine, vma, stop)
+    else:
+        vma = merged
+    machine.write("vma.flags", vma.row, flags)
+    vma = vma_at(machine, vma.row)
+    yield from change_protection(machine, vma, start, stop)
+    return vma
+
+
+@kernel("mm/mprotect.c")
+def change_protection(machine: Machine, vma: Vma, start: int, stop: int) -> Routine[None]:
+    """Change the words of a mapping: one PROTECTION_VMA for each 1 GiB run that has a table."""
+    root = mm_root(machine, vma.mm)
+    for first, last in populated_pmds(machine, root, start, stop):
+        range = MmuNotifierRange.one(vma.mm, Event.PROTECTION_VMA, first, last, vma=vma.row)
+        yield from invalidate_range_start(machine, range)
+        changed = 0
+        for run in walk(machine, root, first, last):
+            if run.row < 0:
+                continue
+            rows = slice(run.row, run.row + run.stop - run.start)
+            words = machine["pte"][rows].copy()
+            protected = _protected(machine, vma, words)
+            changed += int((protected != words).sum())
+            machine.write("pte", rows, protected)
+        yield machine.step(
+            f"{{range}}: {changed} words have the rights of {vma.permissions} now.",
+            vma.mm,
+            first,
+            last,
+        )
+        yield from invalidate_range_end(machine, range)
+
+
+def _protected(machine: Machine, vma: Vma, words: Words) -> Words:
+    """Words with the rights that the mapping has now (``change_pte_range``)."""
+    changed = words.copy()
+    present = is_present(words)
+    if present.any():
+        new = with_protection(words[present], vm_page_prot(vma.flags))
+        if vma.flags & VM_WRITE and not vma.flags & VM_SHARED:
+            new = np.where(_may_be_writable(machine, new), new | np.uint64(RW), new)
+        changed[present] = new
+    special = np.flatnonzero(~present & (words != 0))
+    if special.size:
+        changed[special] = _write_protected(words[special])
+    return changed
+
+
+def _may_be_writable(machine: Machine, words: Words) -> np.ndarray:
+    """Pages whose write fault would make them writable at once (``can_change_pte_writable``)."""
+    normal = ((words & PRESENT) != 0) & ((words & SPECIAL) == 0)
+    frames = page_rows(machine, np.where(normal, pfn_of(words), 0))
+    owned = (machine["page.flags"][frames] & PG_ANON_EXCLUSIVE) != 0
+    return normal & ((words & DIRTY) != 0) & owned
+
+
+_READABLE = {
+    SWP_MIGRATION_WRITE: SWP_MIGRATION_READ_EXCLUSIVE,
+    SWP_DEVICE_WRITE: SWP_DEVICE_READ,
+    SWP_DEVICE_EXCLUSIVE_WRITE: SWP_DEVICE_EXCLUSIVE_READ,
+}
+
+
+def _write_protected(words: Words) -> Words:
+    """Swap-type words without the right to write: it is never given back to them."""
+    changed = words.copy()
+    kinds = swap_type(words)
+    for writable, readable in _READABLE.items():
+        mine = kinds == writable
+        new = swap_word(readable, swap_offset(words[mine]))
+        if writable != SWP_DEVICE_WRITE:  # a device page's soft-dirty bit is lost
+            new |= words[mine] & np.uint64(SWP_SOFT_DIRTY)
+        changed[mine] = new
+    return changed

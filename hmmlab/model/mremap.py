@@ -1,0 +1,123 @@
+"""Moving mapped pages to other addresses.
+
+Source: mm/mremap.c.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from hmmlab.model.entry import SOFT_DIRTY, SWP_SOFT_DIRTY, is_present, is_swap_type
+from hmmlab.model.geometry import PMD_PAGES, USER_VPN_END
+from hmmlab.model.machine import KernelError, Machine, Routine, kernel
+from hmmlab.model.mm_types import (
+    Vma,
+    anon_vma_clone,
+    find_vma_prev,
+    mm_lock,
+    mm_root,
+    new_vma,
+    vma_lookup,
+)
+from hmmlab.model.mmap import do_munmap, vma_merge
+from hmmlab.model.mmu_notifier import (
+    Event,
+    MmuNotifierRange,
+    invalidate_range_end,
+    invalidate_range_start,
+)
+from hmmlab.model.page_table import alloc_tables, read_range, rows_of_range, walk, word_row
+
+__all__ = ["sys_mremap"]
+
+_EFAULT, _EINVAL = 14, 22
+
+
+@kernel("mm/mremap.c", "__x64_sys_mremap")
+def sys_mremap(machine: Machine, mm: int, start: int, pages: int, to: int) -> Routine[None]:
+    """Move ``pages`` pages from page ``start`` to page ``to`` (MREMAP_MAYMOVE | MREMAP_FIXED).
+
+    Raises
+    ------
+    KernelError
+        EFAULT when the pages are not all in one mapping; EINVAL for no pages, for ranges that
+        overlap, or beyond the address space.
+    """
+    stop = start + pages
+    if pages <= 0 or not 0 <= to <= USER_VPN_END - pages or (start < to + pages and to < stop):
+        raise KernelError(_EINVAL, f"mremap of {pages} pages from {start:#x} to {to:#x}")
+    lock = mm_lock(machine, mm)
+    yield from machine.down_write(lock)
+    try:
+        yield from do_munmap(machine, mm, to, to + pages)
+        machine.called("vma_to_resize")
+        vma = vma_lookup(machine, mm, start)
+        if vma is None or vma.end < stop:
+            place = machine.names.place(mm, start, stop)
+            raise KernelError(_EFAULT, f"{place}: not all in one mapping")
+        yield from _move_vma(machine, vma, start, stop, to)
+    finally:
+        machine.up_write(lock)
+
+
+def _move_vma(machine: Machine, vma: Vma, start: int, stop: int, to: int) -> Routine[None]:
+    """A mapping at the new place, the words moved over, and the old place unmapped."""
+    mm, pages = vma.mm, stop - start
+    # A mapping without pages of its own forgets where it came from, to merge more easily.
+    pgoff = vma.pgoff_of(start) if vma.anon_vma else to
+    _, prev = find_vma_prev(machine, mm, to)
+    new = yield from vma_merge(machine, mm, prev, to, to + pages, vma.flags, vma.anon_vma, pgoff)
+    if new is None:
+        new = new_vma(machine, mm, to, to + pages, vma.flags, pgoff)
+        anon_vma_clone(machine, new, vma)
+    # The old one may have grown into the new one.
+    vma = vma_lookup(machine, mm, start) or vma
+    yield from move_page_tables(machine, vma, start, stop, to)
+    yield from do_munmap(machine, mm, start, stop)
+
+
+@kernel("mm/mremap.c")
+def move_page_tables(machine: Machine, vma: Vma, start: int, stop: int, to: int) -> Routine[None]:
+    """Move words, or whole page tables where both places allow it, inside one UNMAP of the old."""
+    root = mm_root(machine, vma.mm)
+    range = MmuNotifierRange.one(vma.mm, Event.UNMAP, start, stop, vma=vma.row)
+    yield from invalidate_range_start(machine, range)
+    for run in list(walk(machine, root, start, stop)):
+        if run.row < 0:
+            continue
+        first, last = run.start, run.stop
+        if (to - start) % PMD_PAGES == 0:  # whole tables: their words keep every bit
+            head = min(last, -(-first // PMD_PAGES) * PMD_PAGES)
+            tail = max(head, last // PMD_PAGES * PMD_PAGES)
+            _move_words(machine, root, first, head, to - start)
+            if head < tail:
+                _move_tables(machine, root, head, tail, to - start)
+            first = tail
+        _move_words(machine, root, first, last, to - start)
+    yield machine.step("What {range} held has moved to its new place.", vma.mm, start, stop)
+    yield from invalidate_range_end(machine, range)
+
+
+def _move_words(machine: Machine, root: int, start: int, stop: int, shift: int) -> None:
+    """Move words one by one; each is marked soft-dirty, for its address has a new meaning."""
+    words = read_range(machine, root, start, stop)
+    if not words.any():
+        if stop > start:
+            alloc_tables(machine, root, start + shift, stop + shift)
+        return
+    alloc_tables(machine, root, start + shift, stop + shift)
+    mark = np.where(is_present(words), np.uint64(SOFT_DIRTY), np.uint64(0))
+    mark = np.where(is_swap_type(words), np.uint64(SWP_SOFT_DIRTY), mark)
+    machine.write("pte", rows_of_range(machine, root, start, stop), 0)
+    machine.write("pte", rows_of_range(machine, root, start + shift, stop + shift), words | mark)
+
+
+def _move_tables(machine: Machine, root: int, start: int, stop: int, shift: int) -> None:
+    """Hang page tables in at another place (``move_normal_pmd``)."""
+    alloc_tables(machine, root, start + shift, stop + shift, "pmd")
+    for at in np.arange(start, stop, PMD_PAGES).tolist():  # over page tables
+        old = word_row(machine, root, at, "pmd")
+        new = word_row(machine, root, at + shift, "pmd")
+        word = machine["pmd"][old]
+        machine.write("pmd", old, 0)
+        machine.write("pmd", new, word)
