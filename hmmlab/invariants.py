@@ -52,7 +52,7 @@ def violations(state: State, *, quiet: bool = True) -> list[str]:
 
 
 def _spaces(state: State) -> list[int]:
-    return [int(mm) for mm in np.flatnonzero(state["mm.root"])]
+    return [int(mm) for mm in np.flatnonzero(state["mm.root"] > 0)]
 
 
 def _mapped_words(state: State, root: int) -> Words:
@@ -91,10 +91,12 @@ def _mapcounts(state: State) -> Iterator[str]:
 
 
 def _references(state: State) -> Iterator[str]:
-    """While nothing runs, a reference is a mapping, or a device frame's claim on its backing."""
+    """While nothing runs, a reference is a mapping, a cache's, or a device frame's claim on its backing."""
     expected = _counts(state)
     device = np.flatnonzero(state["page.refcount"][state.ram_pages :] > 0) + state.ram_pages
     np.add.at(expected, state["page.private"][device], 1)
+    cached = state["cache.page"]
+    np.add.at(expected, cached[cached > 0], 1)
     expected[ZERO_PFN] = 1
     size = min(expected.size, state["page.refcount"].size)
     for row in np.flatnonzero(expected[:size] != state["page.refcount"][:size]).tolist():

@@ -89,11 +89,15 @@ class Operation(NamedTuple):
 
 @dataclass
 class Scope:
-    """The names that one process knows: regions, open devices, and children with their own."""
+    """The names that one process knows: open devices, and children with their own.
 
-    regions: list[str] = field(default_factory=list)
+    Regions are known to all: a child may speak of a region that only another process has mapped; it has nothing there.
+    ``mapped`` are the regions that any process of the scenario has mapped so far.
+    """
+
     devices: list[str] = field(default_factory=list)
     children: dict[str, Scope] = field(default_factory=dict)
+    mapped: list[str] = field(default_factory=list)
 
 
 def _number(word: str, what: str, last: int) -> int:
@@ -114,7 +118,7 @@ def _word(kind: str, word: str, scope: Scope) -> Any:
         return _number(word, "a number of pages", REGION_PAGES)
     choices: tuple[str, ...] = ()
     if kind == "region":
-        choices = tuple(scope.regions)
+        choices = tuple(scope.mapped)
     elif kind == "device":
         choices = tuple(scope.devices)
     elif kind == "child":
@@ -196,8 +200,8 @@ def _mmap_tail(rest: list[str], scope: Scope) -> tuple[dict[str, Any], list[str]
 
 def _tell(scope: Scope, verb: str, args: dict[str, Any]) -> None:
     new = args.get("new") or (args.get("region") if verb == "mmap" else None)
-    if new and new not in scope.regions:
-        scope.regions.append(new)
+    if new and new not in scope.mapped:
+        scope.mapped.append(new)
     if verb == "open":
         if args["device"] in scope.devices:
             raise ScenarioError(f"expected a new name, {args['device']!r} is open already")
@@ -207,7 +211,7 @@ def _tell(scope: Scope, verb: str, args: dict[str, Any]) -> None:
     elif verb == "fork":
         if args["child"] in scope.children:
             raise ScenarioError(f"expected a new name, {args['child']!r} is alive")
-        child = Scope(list(scope.regions), list(scope.devices))
+        child = Scope(list(scope.devices), mapped=scope.mapped)
         scope.children[args["child"]] = child
     elif verb == "exit":
         del scope.children[args["child"]]

@@ -18,7 +18,7 @@ from hmmlab.model.driver import Answer, Driver
 from hmmlab.model.machine import BULK, KernelError, Machine, Routine, Steps
 from hmmlab.model.madvise import sys_madvise_dontneed
 from hmmlab.model.memory import Faults, user_access
-from hmmlab.model.mmap import sys_mmap, sys_munmap
+from hmmlab.model.mmap import KINDS, sys_mmap, sys_munmap
 from hmmlab.model.mmu_notifier import EVERYTHING, MmuNotifierRange
 from hmmlab.model.mprotect import sys_mprotect
 from hmmlab.model.mremap import sys_mremap
@@ -68,39 +68,38 @@ class _Events:
 
     def notify(self) -> Iterator[tuple[MmuNotifierRange, int, int]]:
         """Every range that was started: its series, first page, and page past the last."""
-        found = [
-            (step.group, int(s), int(e), step.detail)
-            for step in self.steps
-            if isinstance(step.detail, MmuNotifierRange)
-            for s, e in zip(step.detail.start, step.detail.end, strict=True)
-        ]
-        return ((detail, s, e) for _, s, e, detail in _in_kernel_order(found))
+        found: list[_Found] = []
+        for step in self.steps:
+            if isinstance(step.detail, MmuNotifierRange):
+                series = step.detail
+                order = series.start if series.order is None else series.order
+                rows = zip(order.tolist(), series.start.tolist(), series.end.tolist(), strict=True)
+                found += [(step.group, key, (series, start, end)) for key, start, end in rows]
+        return _in_kernel_order(found)
 
     def faults(self) -> Iterator[tuple[Faults, int]]:
         """Every call of handle_mm_fault: what it was, and the page."""
         found = [
-            (step.group, int(vpn), 0, step.detail)
+            (step.group, vpn, (step.detail, vpn))
             for step in self.steps
             if isinstance(step.detail, Faults)
-            for vpn in step.detail.vpns
+            for vpn in step.detail.vpns.tolist()
         ]
-        return ((detail, vpn) for _, vpn, _, detail in _in_kernel_order(found))
+        return _in_kernel_order(found)
 
 
-_Found = tuple[int, int, int, Any]
+_Found = tuple[int, int, Any]
 
 
-def _in_kernel_order(found: list[_Found]) -> list[_Found]:
-    """Sort the iterations of each loop that was taken in bulk by page, and nothing else."""
-    ordered: list[_Found] = []
+def _in_kernel_order(found: list[_Found]) -> Iterator[Any]:
+    """Sort what each loop that was taken in bulk did by iteration, and nothing else."""
     at = 0
     while at < len(found):
         end = at + 1
         while end < len(found) and found[end][0] == found[at][0] != 0:
             end += 1
-        ordered += sorted(found[at:end], key=lambda item: item[1])
+        yield from (item for _, _, item in sorted(found[at:end], key=lambda entry: entry[1]))
         at = end
-    return ordered
 
 
 @dataclass
@@ -148,7 +147,7 @@ class Session:
         self.machine.attach(self._events)
         self.answers: list[dict[str, Any]] = []
         self._scope = Scope()
-        self._known = {"p0": _Known(Process(self.machine, "p0"))}
+        self._known: dict[tuple[str, ...], _Known] = {(): _Known(Process(self.machine, "p0"))}
 
     def __repr__(self) -> str:
         return f"Session({len(self.answers)} operations)"
@@ -156,12 +155,12 @@ class Session:
     @property
     def process(self) -> Process:
         """The process that reads the scenario."""
-        return self._known["p0"].process
+        return self._known[()].process
 
     @property
     def devices(self) -> dict[str, Driver]:
         """The open device files by name."""
-        return self._known["p0"].devices
+        return self._known[()].devices
 
     @property
     def calls(self) -> list[tuple[int, str]]:
@@ -189,11 +188,10 @@ class Session:
     def perform(self, operation: Operation) -> dict[str, Any]:
         """Run one parsed operation and return its answer."""
         check_supported(operation)
-        name = operation.who[-1] if operation.who else "p0"
-        known = self._known[name]
-        answer: dict[str, Any] = {"proc": name, "op": operation.text}
+        known = self._known[operation.who]
+        answer: dict[str, Any] = {"proc": known.process.name, "op": operation.text}
         answer.update(getattr(self, f"_{operation.verb}")(operation, known, operation.args))
-        if operation.verb not in ("open",):
+        if operation.verb not in ("open", "exit"):
             answer["notify"] = self._notify(known)
             answer["faults_handled"] = self._faults(known)
         self.answers.append(answer)
@@ -250,7 +248,7 @@ class Session:
     # --- the operations ---------------------------------------------------------------------------
     def _span(self, known: _Known, args: dict[str, Any]) -> tuple[Process, int, int]:
         process = known.process
-        start = process.regions[args["region"]] + args["off"]
+        start = process.region(args["region"], 0).start + args["off"]
         return process, start, start + args["pages"]
 
     def _call(
@@ -272,13 +270,29 @@ class Session:
         del known.devices[args["device"]], known.process.files[args["device"]]
         return answer
 
+    def _fork(self, operation: Operation, known: _Known, args: dict[str, Any]) -> dict[str, Any]:
+        ret, child = self._run(operation, known, known.process.clone(args["child"]))
+        who = (*operation.who, args["child"])
+        self._known[who] = _Known(child, dict(known.devices), dict(known.mms))
+        return {"ret": ret}
+
+    def _exit(self, operation: Operation, known: _Known, args: dict[str, Any]) -> dict[str, Any]:
+        who = (*operation.who, args["child"])
+        ended = [self._known.pop(key) for key in sorted(self._known) if key[: len(who)] == who]
+
+        def leave() -> Routine[None]:  # children of the child hear no more, and leave after it
+            for child in ended:
+                yield from child.process.do_exit()
+
+        return {"ret": self._run(operation, ended[0], leave())[0]}
+
     def _mmap(self, operation: Operation, known: _Known, args: dict[str, Any]) -> dict[str, Any]:
         process = known.process
         where = process.region(args["region"], args["pages"])
         start = where.start
         if "at_region" in args:
             start = process.regions[args["at_region"]] + args["at_off"]
-        body = sys_mmap(self.machine, process.mm, start, args["pages"], args["prot"])
+        body = sys_mmap(self.machine, process.mm, start, args["pages"], args["prot"], args["kind"])
         return {"ret": self._run(operation, known, body)[0]}
 
     def _munmap(self, operation: Operation, known: _Known, args: dict[str, Any]) -> dict[str, Any]:
@@ -390,8 +404,7 @@ def check_supported(operation: Operation) -> None:
     """Raise UnsupportedError for what the model does not have yet."""
     args = operation.args
     missing = not hasattr(Session, f"_{operation.verb}")
-    missing |= bool(operation.who)
-    missing |= operation.verb == "mmap" and args["kind"] != "private"
+    missing |= operation.verb == "mmap" and args["kind"] not in KINDS
     missing |= operation.verb == "madvise" and args["advice"] != "dontneed"
     missing |= operation.verb == "open" and args["unit"] not in PRIVATE_UNITS
     if missing:

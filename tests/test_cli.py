@@ -67,14 +67,14 @@ def test_a_malformed_scenario_runs_nothing(scenario, capsys, line, expected):
 
 
 def test_an_operation_to_come_keeps_the_answers_so_far(scenario, capsys):
-    path = scenario("open d0 0", "mmap A 4 rw private", "fork c0", "on c0 load A 0 1")
+    path = scenario("open d0 0", "mmap A 4 rw private", "ksm A 0 1", "load A 0 1")
     assert main(["run", path]) == 3
     out, err = capsys.readouterr()
     assert [json.loads(line)["op"] for line in out.splitlines()] == [
         "open d0 0",
         "mmap A 4 rw private",
     ]
-    assert err.startswith(f"{path}:3: ") and "fork c0" in err and err.count("\n") == 1
+    assert err.startswith(f"{path}:3: ") and "ksm A 0 1" in err and err.count("\n") == 1
 
 
 def test_bytes_that_are_no_text(tmp_path, capsys):

@@ -72,6 +72,7 @@ _EFAULT, _EBUSY = 14, 16
 Machine.declare("device_file.mm", np.int32, "address space that an open device file mirrors")
 Machine.declare("device_file.root", np.int64, "root of its device page table")
 Machine.declare("device_file.device", np.int32, "number of the device; it owns private memory")
+Machine.declare("device_file.users", np.int32, "processes that have it open")
 Machine.declare("device_file.subscription", np.int32, "its interval subscription")
 
 
@@ -254,12 +255,25 @@ class Driver:
             ("root", new_root(machine)),
             ("device", self.device),
             ("subscription", self.subscription),
+            ("users", 1),
         ):
             machine.write(f"device_file.{column}", self.file, value)
         return self
 
-    @kernel("driver", "release")
+    def get(self) -> None:
+        """One more process has the file open."""
+        self.machine.add("device_file.users", self.file, 1)
+
     def close_file(self) -> Routine[None]:
+        """One process less has the file open; the last one releases it."""
+        self.machine.add("device_file.users", self.file, -1)
+        if self.machine["device_file.users"][self.file]:
+            yield self.machine.step(f"{self.name} stays open in another process.", self.mm)
+        else:
+            yield from self.release()
+
+    @kernel("driver")
+    def release(self) -> Routine[None]:
         """End the subscription and forget everything."""
         yield from mmu_interval_notifier_remove(self.machine, self.subscription)
         yield from self.give_back_memory()

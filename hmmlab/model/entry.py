@@ -63,6 +63,7 @@ __all__ = [
     "Words",
     "device_pfn",
     "device_word",
+    "has_pfn",
     "hmm_pfn_to_pfn",
     "is_device_private",
     "is_migration",
@@ -204,6 +205,12 @@ def is_migration(words: Words) -> Bools:
     """Whether a swap-type word is a migration entry of any kind."""
     kind = swap_type(words)
     return (kind >= SWP_MIGRATION_READ) & (kind <= SWP_MIGRATION_WRITE)
+
+
+def has_pfn(words: Words) -> Bools:
+    """Whether a swap-type word names a frame of memory: migration and device entries do."""
+    kind = swap_type(words)
+    return (kind >= SWP_MIGRATION_READ) & (kind <= SWP_DEVICE_EXCLUSIVE_READ)
 
 
 def hmm_pfn_to_pfn(hmm_pfns: Words) -> Pfns:

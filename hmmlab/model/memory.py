@@ -21,6 +21,7 @@ from hmmlab.model.entry import (
     RW,
     SOFT_DIRTY,
     SPECIAL,
+    Bools,
     Pfns,
     Words,
     is_device_private,
@@ -31,9 +32,11 @@ from hmmlab.model.entry import (
     present_word,
     swap_offset_pfn,
 )
+from hmmlab.model.filemap import cached, read_pages
 from hmmlab.model.machine import KernelError, Machine, Routine, kernel
 from hmmlab.model.mm_types import (
     VM_ACCESS_FLAGS,
+    VM_SHARED,
     VM_WRITE,
     Vma,
     anon_vma_prepare,
@@ -50,25 +53,31 @@ from hmmlab.model.mmu_notifier import (
     invalidate_range_start,
 )
 from hmmlab.model.page import (
+    PG_ANON,
     PG_ANON_EXCLUSIVE,
+    PG_DIRTY,
     PG_LRU,
     ZERO_PFN,
     alloc_pages,
     as_rows,
     get_page,
+    page_mapping,
     page_rows,
     pagemap_of,
     put_page,
     set_flags,
 )
 from hmmlab.model.page_table import alloc_tables, read_range, rows_of, walk
-from hmmlab.model.rmap import page_add_new_anon_rmap, page_remove_rmap
+from hmmlab.model.rmap import page_add_file_rmap, page_add_new_anon_rmap, page_remove_rmap
 from hmmlab.model.state import Rows, row_numbers
 
 __all__ = ["Faults", "do_user_addr_fault", "handle_mm_fault", "unmap_page_range", "user_access"]
 
 #: An access that still faults after so many tries would fault forever.
 _ENDLESS = 64
+
+#: Pages of the aligned window in which a read fault of a file maps what is cached.
+_FAULT_AROUND = 16
 
 SIGSEGV, SIGBUS = 11, 7
 
@@ -122,7 +131,8 @@ def handle_mm_fault(
     shielded = ~empty & ~elsewhere & ((words & RW) == 0) if write else np.zeros_like(empty)
     ready = ~(empty | elsewhere | shielded)
     if empty.any():
-        yield from do_anonymous_page(machine, vma, vpns[empty], _some(rows, empty), write)
+        fill = do_anonymous_page if vma.is_anonymous else do_fault
+        yield from fill(machine, vma, vpns[empty], _some(rows, empty), write)
     if elsewhere.any():
         yield from do_swap_page(
             machine, vma, vpns[elsewhere], _some(rows, elsewhere), words[elsewhere]
@@ -179,6 +189,63 @@ def do_anonymous_page(
     )
 
 
+@kernel("mm/memory.c")
+def do_fault(machine: Machine, vma: Vma, vpns: Pfns, rows: Rows, write: bool) -> Routine[None]:
+    """Fill empty words of a file mapping: with the file's pages, or for a private write a copy."""
+    pages = vma.pgoff_of(0) + vpns
+    first, last = int(vpns[0]), int(vpns[-1]) + 1
+    if not write:
+        _fault_around(machine, vma, vpns, pages)
+    pfns = read_pages(machine, vma.file, pages)
+    prot = vm_page_prot(vma.flags)
+    if write and not vma.flags & VM_SHARED:
+        vma = anon_vma_prepare(machine, vma)
+        content = machine["page.content"][page_rows(machine, pfns)]
+        pfns = alloc_pages(machine, vpns.size)
+        machine.write("page.content", as_rows(page_rows(machine, pfns)), content)
+        set_flags(machine, pfns, PG_LRU)
+        page_add_new_anon_rmap(machine, pfns, vma, vpns)
+        how = "a write to a private page of a file: a copy of its own is mapped."
+    else:
+        get_page(machine, pfns)
+        page_add_file_rmap(machine, pfns)
+        if write:
+            set_flags(machine, pfns, PG_DIRTY)
+        how = "the file's page is mapped."
+    words = present_word(pfns, _born_dirty(vma, prot) if write else prot)
+    machine.write("pte", rows, words)
+    yield machine.step(f"First touch of {{range}} was {how}", vma.mm, first, last)
+
+
+def _faulting(machine: Machine, vma: Vma, vpns: Pfns, empty: Bools) -> Pfns:
+    """Those of ``vpns`` (int64, ascending) that fault when they are read one after another.
+
+    The first ``empty`` page of a window brings those of its neighbours that the cache has.
+    """
+    first = empty.copy()
+    window = vpns[empty] & -_FAULT_AROUND
+    first[empty] = np.diff(window, prepend=-1) != 0
+    there = cached(machine, vma.file, vma.pgoff_of(0) + vpns) > 0
+    return vpns[~(empty & ~first & there)]
+
+
+def _fault_around(machine: Machine, vma: Vma, vpns: Pfns, pages: Pfns) -> None:
+    """Map what the cache has in the 16 pages around each of ``vpns`` (``filemap_map_pages``)."""
+    low = np.unique(vpns & -_FAULT_AROUND)
+    around = (low[:, None] + np.arange(_FAULT_AROUND)).ravel()
+    around = around[(around >= vma.start) & (around < vma.end) & ~np.isin(around, vpns)]
+    frames = cached(machine, vma.file, vma.pgoff_of(0) + around)
+    around, frames = around[frames > 0], frames[frames > 0]
+    if not around.size:
+        return
+    rows = row_numbers(rows_of(machine, mm_root(machine, vma.mm), around))
+    empty = machine["pte"][rows] == 0
+    rows, frames = rows[empty], frames[empty]
+    get_page(machine, frames)
+    page_add_file_rmap(machine, frames)
+    machine.write("pte", as_rows(rows), present_word(frames, vm_page_prot(vma.flags)))
+
+
 def _born_dirty(vma: Vma, prot: int) -> int:
     return prot | DIRTY | SOFT_DIRTY | RW if vma.flags & VM_WRITE else prot
 
@@ -189,9 +256,14 @@ def do_wp_page(machine: Machine, vma: Vma, vpns: Pfns, rows: Rows, words: Words)
     normal = (words & SPECIAL) == 0
     frames = np.where(normal, pfn_of(words), ZERO_PFN)
     at = page_rows(machine, frames)
-    exclusive = normal & ((machine["page.flags"][at] & PG_ANON_EXCLUSIVE) != 0)
-    alone = normal & ~exclusive & (machine["page.refcount"][at] == 1)
-    reuse = exclusive | alone
+    flags = machine["page.flags"][at]
+    anon = normal & ((flags & PG_ANON) != 0)
+    exclusive = anon & ((flags & PG_ANON_EXCLUSIVE) != 0)
+    alone = anon & ~exclusive & (machine["page.refcount"][at] == 1)
+    shared = normal & ~anon & bool(vma.flags & VM_SHARED)
+    if shared.any():  # wp_page_shared
+        set_flags(machine, frames[shared], PG_DIRTY)
+    reuse = exclusive | alone | shared
     if alone.any():  # page_move_anon_rmap: the last one left owns it from now on
         set_flags(machine, frames[alone], PG_ANON_EXCLUSIVE)
         machine.write("page.mapping", as_rows(at[alone]), vma.anon_vma)
@@ -199,7 +271,9 @@ def do_wp_page(machine: Machine, vma: Vma, vpns: Pfns, rows: Rows, words: Words)
         marks = np.uint64(ACCESSED | DIRTY | SOFT_DIRTY | (RW if vma.flags & VM_WRITE else 0))
         machine.write("pte", _some(rows, reuse), words[reuse] | marks)
         yield machine.step(
-            "Nobody else has the frame of {range}: it becomes writable in place.",
+            "Nobody else has the frame of {range}: it becomes writable in place."
+            if not shared.any()
+            else "All shall see what is written to {range}: it becomes writable in place.",
             vma.mm,
             int(vpns[reuse][0]),
             int(vpns[reuse][-1]) + 1,
@@ -320,6 +394,8 @@ def _access_in_vma(
         if not lacking.any():
             break
         vpns = start + np.flatnonzero(lacking)
+        if values is None and vma.file:
+            vpns = _faulting(machine, vma, vpns, words[lacking] == 0)
         yield from do_user_addr_fault(machine, vma, vpns, values is not None)
     else:
         raise KernelError(0, f"the access to page {start:#x} faults forever", signal=SIGBUS)
@@ -370,6 +446,10 @@ def _zap(
     private = ~present & is_device_private(words)
     machine.write("pte", rows, 0)
     held = normal | private
+    dirty = pfn_of(words[normal & ((words & DIRTY) != 0)])
+    dirty = dirty[page_mapping(machine, dirty)]
+    if dirty.size:
+        set_flags(machine, np.unique(dirty), PG_DIRTY)
     pfns = np.where(present, pfn_of(words), swap_offset_pfn(words))[held]
     page_remove_rmap(machine, pfns)
     put_page(machine, pfns)

@@ -67,6 +67,8 @@ from hmmlab.model.mmu_notifier import (
     invalidate_range_start,
 )
 from hmmlab.model.page import (
+    GUP_PIN_COUNTING_BIAS,
+    PG_ANON,
     PG_ANON_EXCLUSIVE,
     PG_DIRTY,
     PG_LOCKED,
@@ -75,6 +77,7 @@ from hmmlab.model.page import (
     as_rows,
     get_page,
     is_zone_device,
+    page_mapping,
     page_rows,
     pagemap_of,
     put_page,
@@ -83,6 +86,7 @@ from hmmlab.model.page import (
 from hmmlab.model.page_table import alloc_tables, rows_of, walk
 from hmmlab.model.rmap import (
     page_add_anon_rmap,
+    page_add_file_rmap,
     page_add_new_anon_rmap,
     page_remove_rmap,
     rmap_walk,
@@ -105,9 +109,6 @@ __all__ = [
 SELECT_SYSTEM = 1
 SELECT_DEVICE_PRIVATE = 2
 SELECT_DEVICE_COHERENT = 4
-
-#: References from this many on may be pins (``GUP_PIN_COUNTING_BIAS``).
-_PIN_BIAS = 1024
 
 
 @dataclass
@@ -272,7 +273,7 @@ def migrate_vma_collect_pmd(
     selected &= (page_flags & PG_LOCKED) == 0
     exclusive = selected & ((page_flags & PG_ANON_EXCLUSIVE) != 0)
     # A page that may be pinned stays exclusive, and so stays where it is.
-    pinned = exclusive & (machine["page.refcount"][rows] >= _PIN_BIAS)
+    pinned = exclusive & (machine["page.refcount"][rows] >= GUP_PIN_COUNTING_BIAS)
     selected &= ~pinned
     exclusive &= ~pinned
     selected &= _first_of_each(pfns, selected)
@@ -355,11 +356,14 @@ def migrate_device_unmap(machine: Machine, migrate: MigrateVma) -> Routine[None]
     rows = page_rows(machine, pfns)
     mapped = machine["page.mapcount"][rows] > 0
     elsewhere = pfns[mapped]
-    for first, last in machine.chunks(0, elsewhere.size):
-        yield from try_to_migrate(machine, elsewhere[first:last])
+    keys = migrate.vpns[valid[mapped]]
+    with machine.bulk(elsewhere.size if machine.grain > 1 else 1):
+        for first, last in machine.chunks(0, elsewhere.size):
+            yield from try_to_migrate(machine, elsewhere[first:last], keys[first:last])
     # One reference is ours; the test is by one more generous for device memory and by one for the
     # frame of the fault.
     extra = 1 + is_zone_device(machine, pfns) + np.isin(pfns, migrate.fault_pages)
+    extra += page_mapping(machine, pfns)
     mapcount, refcount = machine["page.mapcount"][rows], machine["page.refcount"][rows]
     refused = (mapcount > 0) | (refcount - extra > mapcount)
     if refused.any():
@@ -379,32 +383,34 @@ def migrate_device_unmap(machine: Machine, migrate: MigrateVma) -> Routine[None]
 
 
 @kernel("mm/rmap.c")
-def try_to_migrate(machine: Machine, pfns: Pfns) -> Routine[None]:
-    """Freeze every entry that maps one of ``pfns``, each inside a CLEAR of its page."""
+def try_to_migrate(machine: Machine, pfns: Pfns, order: Pfns) -> Routine[None]:
+    """Freeze every entry that maps one of ``pfns``, each inside a CLEAR of its page.
+
+    A mapping that could hold the page and does not gets the CLEAR too, until the page is found to
+    be mapped nowhere any more. ``order`` says in which iteration of the caller's loop each page is.
+    """
     machine.called("try_to_migrate", pfns.size - 1, up=1)
     found = rmap_walk(machine, pfns)
-    words = machine["pte"][found.row]
-    mapping = ~(is_swap_type(words) & is_migration(words))
-    which, vma_rows, vpns, rows = (column[mapping] for column in found)
-    words = words[mapping]
-    for mm in np.unique(machine["vma.mm"][vma_rows]).tolist():
-        mine = machine["vma.mm"][vma_rows] == mm
-        range = MmuNotifierRange.each(int(mm), Event.CLEAR, vpns[mine])
-        yield from invalidate_range_start(machine, range)
-        frames = pfns[which[mine]]
-        entries = words[mine]
-        present = is_present(entries)
-        writable = np.where(present, (entries & RW) != 0, swap_type(entries) == SWP_DEVICE_WRITE)
-        flags = machine["page.flags"][page_rows(machine, frames)]
-        _freeze(
-            machine,
-            rows[mine],
-            entries,
-            frames,
-            writable,
-            (flags & PG_ANON_EXCLUSIVE) != 0,
+    words = machine["pte"][np.maximum(found.row, 0)]
+    frozen = is_swap_type(words) & is_migration(words)
+    found = found._replace(maps=found.maps & ~frozen).until_unmapped()
+    for vma_row in dict.fromkeys(found.vma.tolist()):
+        place = found.only(found.vma == vma_row)
+        mm = int(machine["vma.mm"][vma_row])
+        range = MmuNotifierRange.each(
+            mm, Event.CLEAR, place.vpn, vma=vma_row, order=order[place.which]
         )
-        put_page(machine, frames)
+        yield from invalidate_range_start(machine, range)
+        mapped = place.only(place.maps)
+        if mapped.which.size:
+            frames, entries = pfns[mapped.which], machine["pte"][mapped.row]
+            writable = np.where(
+                is_present(entries), (entries & RW) != 0, swap_type(entries) == SWP_DEVICE_WRITE
+            )
+            flags = machine["page.flags"][page_rows(machine, frames)]
+            exclusive = (flags & PG_ANON_EXCLUSIVE) != 0
+            _freeze(machine, mapped.row, entries, frames, writable, exclusive)
+            put_page(machine, frames)
         yield from invalidate_range_end(machine, range)
 
 
@@ -437,8 +443,10 @@ def _migrate_pages(machine: Machine, migrate: MigrateVma) -> Routine[None]:
         src, dst = migrate.src_pfns[movers], migrate.dst_pfns[movers]
         rows = page_rows(machine, src)
         # Exactly the references that we know of: one more than ours and it must stay.
-        expected = 1 + np.isin(src, migrate.fault_pages)
+        expected = 1 + np.isin(src, migrate.fault_pages) + page_mapping(machine, src)
         moves = machine["page.refcount"][rows] == expected
+        # Only private memory can live on a device.
+        moves &= ~(page_mapping(machine, src) & is_zone_device(machine, dst))
         migrate.src[movers[~moves]] &= ~np.uint64(MIGRATE_PFN_MIGRATE)
         old, new = rows[moves], page_rows(machine, dst[moves])
         for column in ("mapping", "index"):
@@ -549,17 +557,14 @@ def remove_migration_ptes(machine: Machine, old: Pfns, new: Pfns) -> None:
     """
     machine.called("remove_migration_ptes", old.size)
     found = rmap_walk(machine, old)
+    found = found.only(found.maps)
     entries = machine["pte"][found.row]
     frozen = is_swap_type(entries) & is_migration(entries)
-    which, vma_rows, rows, entries = (
-        found.which[frozen],
-        found.vma[frozen],
-        found.row[frozen],
-        entries[frozen],
-    )
-    for vma_row in np.unique(vma_rows).tolist():
-        mine = vma_rows == vma_row
-        _thaw(machine, vma_at(machine, int(vma_row)), rows[mine], entries[mine], new[which[mine]])
+    found, entries = found.only(frozen), entries[frozen]
+    for vma_row in np.unique(found.vma).tolist():
+        mine = found.vma == vma_row
+        frames = new[found.which[mine]]
+        _thaw(machine, vma_at(machine, vma_row), found.row[mine], entries[mine], frames)
 
 
 def _thaw(machine: Machine, vma: Vma, rows: Pfns, entries: Words, pfns: Pfns) -> None:
@@ -577,7 +582,11 @@ def _thaw(machine: Machine, vma: Vma, rows: Pfns, entries: Words, pfns: Pfns) ->
     device = swap_word(np.where(writable, SWP_DEVICE_WRITE, SWP_DEVICE_READ), pfns)
     device = np.where(soft_dirty, device | np.uint64(SWP_SOFT_DIRTY), device)
     get_page(machine, pfns)
-    page_add_anon_rmap(machine, pfns, exclusive)
+    anon = (frame_flags & PG_ANON) != 0
+    if anon.any():
+        page_add_anon_rmap(machine, pfns[anon], exclusive[anon])
+    if not anon.all():
+        page_add_file_rmap(machine, pfns[~anon])
     machine.write("pte", as_rows(rows), np.where(is_zone_device(machine, pfns), device, words))
 
 

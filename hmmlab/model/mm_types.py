@@ -15,38 +15,54 @@ from typing import NamedTuple
 import numpy as np
 
 from hmmlab.model.entry import ACCESSED, NX, PRESENT, PROTNONE, RW, USER
+from hmmlab.model.filemap import get_file, put_file
 from hmmlab.model.machine import Machine
-from hmmlab.model.page_table import new_root
+from hmmlab.model.page_table import free_root, new_root
 from hmmlab.model.state import State
 
 __all__ = [
     "VM_ACCESS_FLAGS",
     "VM_ACCOUNT",
+    "VM_DONTCOPY",
     "VM_DONTEXPAND",
     "VM_EXEC",
     "VM_FLAG_NAMES",
+    "VM_HUGEPAGE",
     "VM_HUGETLB",
     "VM_IO",
+    "VM_LOCKED",
     "VM_MAYEXEC",
     "VM_MAYREAD",
+    "VM_MAYSHARE",
     "VM_MAYWRITE",
+    "VM_MERGEABLE",
     "VM_MIXEDMAP",
+    "VM_NOHUGEPAGE",
     "VM_NORESERVE",
     "VM_PFNMAP",
     "VM_READ",
     "VM_SHARED",
     "VM_SOFTDIRTY",
     "VM_SPECIAL",
+    "VM_WIPEONFORK",
     "VM_WRITE",
     "Vma",
     "anon_vma_clone",
+    "anon_vma_fork",
     "anon_vma_prepare",
     "find_vma",
     "find_vma_prev",
+    "find_vmas_of_anon_vma",
+    "find_vmas_of_file",
     "flags_of_prot",
+    "free_mm",
+    "insert_after",
+    "is_cow_mapping",
     "is_singular",
+    "mm_is_alive",
     "mm_lock",
     "mm_root",
+    "move_edges",
     "new_mm",
     "new_vma",
     "remove_vma",
@@ -64,14 +80,21 @@ VM_SHARED = 0x8
 VM_MAYREAD = 0x10
 VM_MAYWRITE = 0x20
 VM_MAYEXEC = 0x40
+VM_MAYSHARE = 0x80
 VM_PFNMAP = 0x400
+VM_LOCKED = 0x2000
 VM_IO = 0x4000
+VM_DONTCOPY = 0x20000
 VM_DONTEXPAND = 0x40000
 VM_ACCOUNT = 0x100000
 VM_NORESERVE = 0x200000
 VM_HUGETLB = 0x400000
+VM_WIPEONFORK = 0x02000000
 VM_SOFTDIRTY = 0x08000000
 VM_MIXEDMAP = 0x10000000
+VM_HUGEPAGE = 0x20000000
+VM_NOHUGEPAGE = 0x40000000
+VM_MERGEABLE = 0x80000000
 
 VM_ACCESS_FLAGS = VM_READ | VM_WRITE | VM_EXEC
 VM_SPECIAL = VM_IO | VM_DONTEXPAND | VM_PFNMAP | VM_MIXEDMAP
@@ -83,7 +106,9 @@ VM_FLAG_NAMES = {
     if name.startswith("VM_") and name not in ("VM_ACCESS_FLAGS", "VM_SPECIAL")
 }
 
-Machine.declare("mm.root", np.int64, "the process's PGD table")
+_DEAD = -1
+
+Machine.declare("mm.root", np.int64, "the process's PGD table; -1 when the process has ended")
 Machine.declare("mm.lock", np.int64, "number of the mmap_lock")
 Machine.declare("vma.mm", np.int32, "address space of the mapping; 0 is a free row")
 Machine.declare("vma.start", np.int64, "first page of the mapping")
@@ -91,9 +116,17 @@ Machine.declare("vma.end", np.int64, "page past the last of the mapping")
 Machine.declare("vma.flags", np.uint64, "VM_* bits")
 Machine.declare("vma.pgoff", np.int64, "offset of the first page in what is mapped, in pages")
 Machine.declare("vma.anon_vma", np.int32, "anon_vma of the mapping; 0 before its first own page")
+Machine.declare("vma.file", np.int32, "file that is mapped; 0 for anonymous memory")
+Machine.declare("vma.order", np.int64, "place among the mappings of a file that begin alike")
 Machine.declare("avc.vma", np.int32, "a mapping that belongs to an anon_vma; 0 is a free row")
 Machine.declare("avc.anon_vma", np.int32, "the anon_vma it belongs to")
+Machine.declare("avc.age", np.int64, "place in the mapping's own list, oldest first")
+Machine.declare("avc.order", np.int64, "place among the anon_vma's mappings that begin alike")
 Machine.declare("anon_vma.used", np.int32, "anon_vmas made so far")
+Machine.declare("anon_vma.parent", np.int32, "the one it was forked from; itself for a root")
+Machine.declare("anon_vma.children", np.int32, "anon_vmas forked from it, a root being its own")
+Machine.declare("anon_vma.active", np.int32, "mappings whose own anon_vma it is")
+Machine.declare("order.next", np.int64, "what the next place in an order is called")
 
 
 class Vma(NamedTuple):
@@ -106,6 +139,7 @@ class Vma(NamedTuple):
     flags: int
     pgoff: int
     anon_vma: int
+    file: int
 
     @property
     def pages(self) -> int:
@@ -115,7 +149,7 @@ class Vma(NamedTuple):
     @property
     def is_anonymous(self) -> bool:
         """Whether its pages come from nowhere but memory."""
-        return not self.flags & VM_SHARED
+        return not self.file
 
     @property
     def permissions(self) -> str:
@@ -139,6 +173,17 @@ def new_mm(machine: Machine, name: str) -> int:
     machine.write("mm.lock", mm, machine.new_lock(f"the mmap_lock of {name}"))
     machine.write("mm.root", mm, new_root(machine))
     return mm
+
+
+def free_mm(machine: Machine, mm: int) -> None:
+    """Free an address space whose page tables are empty; its number is not used again."""
+    free_root(machine, mm_root(machine, mm))
+    machine.write("mm.root", mm, _DEAD)
+
+
+def mm_is_alive(state: State, mm: int) -> bool:
+    """Whether the address space still has a user (``mmget_not_zero``)."""
+    return bool(state["mm.root"][mm] > 0)
 
 
 def mm_root(state: State, mm: int) -> int:
@@ -185,6 +230,11 @@ def vm_page_prot(flags: int) -> int:
     return prot
 
 
+def is_cow_mapping(flags: int) -> bool:
+    """Whether writes to a mapping with ``flags`` are its own, now or once they are allowed."""
+    return flags & (VM_SHARED | VM_MAYWRITE) == VM_MAYWRITE
+
+
 # --- finding --------------------------------------------------------------------------------------
 
 
@@ -198,6 +248,7 @@ def vma_at(state: State, row: int) -> Vma:
         int(state["vma.flags"][row]),
         int(state["vma.pgoff"][row]),
         int(state["vma.anon_vma"][row]),
+        int(state["vma.file"][row]),
     )
 
 
@@ -240,7 +291,15 @@ def vma_lookup(state: State, mm: int, vpn: int) -> Vma | None:
 # --- changing -------------------------------------------------------------------------------------
 
 
-def new_vma(machine: Machine, mm: int, start: int, end: int, flags: int, pgoff: int) -> Vma:
+def _next_order(machine: Machine) -> int:
+    order = int(machine["order.next"][0]) + 1
+    machine.write("order.next", 0, order)
+    return order
+
+
+def new_vma(
+    machine: Machine, mm: int, start: int, end: int, flags: int, pgoff: int, file: int = 0
+) -> Vma:
     """A new mapping, which nothing has merged with."""
     row = machine.take("vma.mm")
     for column, value in (
@@ -249,26 +308,68 @@ def new_vma(machine: Machine, mm: int, start: int, end: int, flags: int, pgoff: 
         ("end", end),
         ("flags", flags),
         ("pgoff", pgoff),
+        ("file", file),
+        ("order", _next_order(machine) if file else 0),
     ):
         machine.write(f"vma.{column}", row, value)
+    if file:
+        get_file(machine, file)
     return vma_at(machine, row)
 
 
 def remove_vma(machine: Machine, vma: Vma) -> None:
-    """Free the row of a mapping, and its place in every anon_vma (``unlink_anon_vmas``)."""
-    links = np.flatnonzero(machine["avc.vma"] == vma.row)
-    if links.size:
-        machine.write("avc.vma", links, 0)
-        machine.write("avc.anon_vma", links, 0)
-    for column in ("mm", "start", "end", "flags", "pgoff", "anon_vma"):
+    """Free the row of a mapping, and its place in every anon_vma."""
+    unlink_anon_vmas(machine, vma)
+    for column in ("mm", "start", "end", "flags", "pgoff", "file", "order"):
         machine.write(f"vma.{column}", vma.row, 0)
+    if vma.file:
+        put_file(machine, vma.file)
+
+
+def move_edges(machine: Machine, vma: Vma, start: int, end: int) -> Vma:
+    """Give a mapping other borders; it is the last of those that begin alike from now on."""
+    machine.write("vma.start", vma.row, start)
+    machine.write("vma.end", vma.row, end)
+    machine.write("vma.pgoff", vma.row, vma.pgoff_of(start))
+    if vma.file:
+        machine.write("vma.order", vma.row, _next_order(machine))
+    links = _chain(machine, vma)
+    if links.size:
+        machine.write("avc.order", links, _next_order(machine))
+    return vma_at(machine, vma.row)
+
+
+def insert_after(machine: Machine, vma: Vma, before: Vma) -> None:
+    """Let a mapping of a file come right after ``before``, which begins alike."""
+    order = int(machine["vma.order"][before.row])
+    later = np.flatnonzero((machine["vma.file"] == vma.file) & (machine["vma.order"] > order))
+    machine.write("vma.order", later, machine["vma.order"][later] + 1)
+    machine.write("vma.order", vma.row, order + 1)
+    _next_order(machine)
+
+
+def find_vmas_of_file(state: State, file: int) -> list[int]:
+    """Rows of the mappings of a file, in the order of its interval tree (``i_mmap``)."""
+    rows = np.flatnonzero(state["vma.file"] == file)
+    order = np.lexsort((state["vma.order"][rows], state["vma.pgoff"][rows]))
+    return [int(row) for row in rows[order]]
+
+
+def find_vmas_of_anon_vma(state: State, anon_vma: int) -> list[int]:
+    """Rows of the mappings that belong to an anon_vma, in the order of its interval tree."""
+    links = np.flatnonzero(state["avc.anon_vma"] == anon_vma)
+    rows = state["avc.vma"][links]
+    order = np.lexsort((state["avc.order"][links], state["vma.pgoff"][rows]))
+    return [int(row) for row in rows[order]]
 
 
 # --- anon_vma -------------------------------------------------------------------------------------
 
 
 def _chain(state: State, vma: Vma) -> np.ndarray:
-    return state["avc.anon_vma"][np.flatnonzero(state["avc.vma"] == vma.row)]
+    """Rows of the mapping's links, oldest first."""
+    links = np.flatnonzero(state["avc.vma"] == vma.row)
+    return links[np.argsort(state["avc.age"][links])]
 
 
 def is_singular(state: State, vma: Vma) -> bool:
@@ -277,16 +378,67 @@ def is_singular(state: State, vma: Vma) -> bool:
 
 
 def _link(machine: Machine, vma: Vma, anon_vma: int) -> None:
-    row = machine.take("avc.vma")
+    row, order = machine.take("avc.vma"), _next_order(machine)
     machine.write("avc.vma", row, vma.row)
     machine.write("avc.anon_vma", row, anon_vma)
+    machine.write("avc.age", row, order)
+    machine.write("avc.order", row, order)
+
+
+def _own(machine: Machine, vma: Vma, anon_vma: int) -> None:
+    machine.write("vma.anon_vma", vma.row, anon_vma)
+    machine.add("anon_vma.active", anon_vma, 1)
+
+
+def _new_anon_vma(machine: Machine, parent: int = 0) -> int:
+    """A new anon_vma, which is its own parent when it is given none."""
+    anon_vma = int(machine["anon_vma.used"][0]) + 1
+    machine.write("anon_vma.used", 0, anon_vma)
+    machine.write("anon_vma.parent", anon_vma, parent or anon_vma)
+    machine.add("anon_vma.children", parent or anon_vma, 1)
+    return anon_vma
+
+
+def unlink_anon_vmas(machine: Machine, vma: Vma) -> None:
+    """Take a mapping out of every anon_vma."""
+    links = _chain(machine, vma)
+    if links.size:
+        left = machine["avc.anon_vma"][links].copy()
+        for column in ("vma", "anon_vma", "age", "order"):
+            machine.write(f"avc.{column}", links, 0)
+        empty = left[~np.isin(left, machine["avc.anon_vma"])]
+        machine.add("anon_vma.children", machine["anon_vma.parent"][empty].astype(np.int64), -1)
+    if vma.anon_vma:
+        machine.add("anon_vma.active", vma.anon_vma, -1)
+        machine.write("vma.anon_vma", vma.row, 0)
 
 
 def anon_vma_clone(machine: Machine, to: Vma, source: Vma) -> None:
     """Let ``to`` belong to all that ``source`` belongs to, with the same anon_vma of its own."""
-    for anon_vma in _chain(machine, source).tolist():
+    for anon_vma in machine["avc.anon_vma"][_chain(machine, source)].tolist():
         _link(machine, to, anon_vma)
-    machine.write("vma.anon_vma", to.row, source.anon_vma)
+    if source.anon_vma:
+        _own(machine, to, source.anon_vma)
+
+
+def anon_vma_fork(machine: Machine, to: Vma, source: Vma) -> None:
+    """Let a child's mapping belong to all that its parent's does, and to one of its own.
+
+    An anon_vma that no mapping owns any more, and that has fewer than two children, serves again.
+    """
+    if not source.anon_vma:
+        return
+    own = 0
+    for anon_vma in machine["avc.anon_vma"][_chain(machine, source)].tolist():
+        _link(machine, to, anon_vma)
+        idle = (
+            machine["anon_vma.children"][anon_vma] < 2 and not machine["anon_vma.active"][anon_vma]
+        )
+        own = own or (anon_vma if idle else 0)
+    if not own:
+        own = _new_anon_vma(machine, source.anon_vma)
+        _link(machine, to, own)
+    _own(machine, to, own)
 
 
 def anon_vma_prepare(machine: Machine, vma: Vma) -> Vma:
@@ -312,16 +464,16 @@ def anon_vma_prepare(machine: Machine, vma: Vma) -> Vma:
         ):
             shared = neighbour.anon_vma
     if not shared:
-        shared = int(machine["anon_vma.used"][0]) + 1
-        machine.write("anon_vma.used", 0, shared)
+        shared = _new_anon_vma(machine)
     _link(machine, vma, shared)
-    machine.write("vma.anon_vma", vma.row, shared)
+    _own(machine, vma, shared)
     return vma_at(machine, vma.row)
 
 
 def _may_share_anon_vma(low: Vma, high: Vma) -> bool:
     return (
         low.end == high.start
+        and low.file == high.file
         and not (low.flags ^ high.flags) & ~(VM_ACCESS_FLAGS | VM_SOFTDIRTY)
         and high.pgoff == low.pgoff_of(high.start)
     )

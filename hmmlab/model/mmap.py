@@ -5,6 +5,9 @@ Source: mm/mmap.c.
 
 from __future__ import annotations
 
+import numpy as np
+
+from hmmlab.model.filemap import new_file, put_file
 from hmmlab.model.geometry import USER_VPN_END
 from hmmlab.model.huge_memory import vma_adjust_trans_huge
 from hmmlab.model.machine import KernelError, Machine, Routine, kernel
@@ -13,7 +16,9 @@ from hmmlab.model.mm_types import (
     VM_ACCOUNT,
     VM_MAYEXEC,
     VM_MAYREAD,
+    VM_MAYSHARE,
     VM_MAYWRITE,
+    VM_SHARED,
     VM_SOFTDIRTY,
     VM_SPECIAL,
     VM_WRITE,
@@ -22,34 +27,59 @@ from hmmlab.model.mm_types import (
     find_vma,
     find_vma_prev,
     flags_of_prot,
+    free_mm,
     is_singular,
     mm_lock,
     mm_root,
+    move_edges,
     new_vma,
     remove_vma,
     vma_at,
     vma_lookup,
     vmas_in,
+    vmas_of,
 )
 from hmmlab.model.mmu_notifier import (
+    EVERYTHING,
     Event,
     MmuNotifierRange,
     invalidate_range_end,
     invalidate_range_start,
+    mmu_notifier_release,
 )
 from hmmlab.model.page_table import free_pgtables
 from hmmlab.model.state import State
 
-__all__ = ["do_munmap", "split_vma", "sys_mmap", "sys_munmap", "unmap_vmas", "vma_merge"]
+__all__ = [
+    "do_munmap",
+    "exit_mmap",
+    "split_vma",
+    "sys_mmap",
+    "sys_munmap",
+    "unmap_vmas",
+    "vma_merge",
+]
 
 _ENOMEM, _EINVAL = 12, 22
+
+#: What can be mapped.
+KINDS = ("private", "shared", "file_private", "file_shared")
+
+#: First word of page 0 of a fresh file; page i holds i more.
+_FILE_CONTENT = 7000
+
 
 # --- system calls ---------------------------------------------------------------------------------
 
 
 @kernel("mm/mmap.c", "__x64_sys_mmap")
-def sys_mmap(machine: Machine, mm: int, start: int, pages: int, prot: str) -> Routine[None]:
-    """Map private anonymous memory at page ``start``, in place of what is there (MAP_FIXED).
+def sys_mmap(
+    machine: Machine, mm: int, start: int, pages: int, prot: str, kind: str = "private"
+) -> Routine[None]:
+    """Map memory at page ``start``, in place of what is there (MAP_FIXED).
+
+    ``kind`` is "private" or "shared" for anonymous memory; "file_private" or "file_shared" for a
+    fresh file, whose page i holds 7000 + i.
 
     Raises
     ------
@@ -61,16 +91,24 @@ def sys_mmap(machine: Machine, mm: int, start: int, pages: int, prot: str) -> Ro
     if start < 0 or start + pages > USER_VPN_END:
         raise KernelError(_ENOMEM, f"pages {start:#x} to {start + pages:#x} leave the user half")
     flags = flags_of_prot(prot) | VM_MAYREAD | VM_MAYWRITE | VM_MAYEXEC
-    if flags & VM_WRITE:
+    if kind in ("shared", "file_shared"):
+        flags |= VM_SHARED | VM_MAYSHARE
+    elif flags & VM_WRITE:
         flags |= VM_ACCOUNT
     lock = mm_lock(machine, mm)
     yield from machine.down_write(lock)
     try:
         yield from do_munmap(machine, mm, start, start + pages)
         _, prev = find_vma_prev(machine, mm, start)
-        vma = yield from vma_merge(machine, mm, prev, start, start + pages, flags, 0, start)
-        if vma is None:
-            vma = new_vma(machine, mm, start, start + pages, flags, start)
+        if kind == "private":
+            vma = yield from vma_merge(machine, mm, prev, start, start + pages, flags, 0, start)
+            vma = vma or new_vma(machine, mm, start, start + pages, flags, start)
+        else:
+            content = np.arange(_FILE_CONTENT, _FILE_CONTENT + pages, dtype=np.uint64)
+            file = new_file(machine, pages, content if kind != "shared" else None)
+            vma = new_vma(machine, mm, start, start + pages, flags, 0, file)
+            if kind == "shared":
+                put_file(machine, file)  # nobody has a descriptor of it
         machine.write("vma.flags", vma.row, vma.flags | VM_SOFTDIRTY)
         yield machine.step(
             "{range}: promised by a mapping, and not one page is there yet.",
@@ -128,6 +166,20 @@ def do_munmap(machine: Machine, mm: int, start: int, stop: int) -> Routine[None]
     yield machine.step("The mapping of {range} is gone.", mm, start, stop)
 
 
+@kernel("mm/mmap.c")
+def exit_mmap(machine: Machine, mm: int) -> Routine[None]:
+    """The end of an address space: everybody is told, then all of it goes."""
+    yield from mmu_notifier_release(machine, mm)
+    doomed = list(vmas_of(machine, mm))
+    if doomed:
+        yield from unmap_vmas(machine, mm, doomed, 0, EVERYTHING)
+    free_pgtables(machine, mm_root(machine, mm), 0, USER_VPN_END, 0, USER_VPN_END)
+    for vma in doomed:
+        remove_vma(machine, vma)
+    free_mm(machine, mm)
+    yield machine.step("The address space is gone.", mm)
+
+
 @kernel("mm/memory.c")
 def unmap_vmas(
     machine: Machine, mm: int, doomed: list[Vma], start: int, stop: int
@@ -143,19 +195,12 @@ def unmap_vmas(
 # --- cutting and merging -------------------------------------------------------------------------
 
 
-def _move_edges(machine: Machine, vma: Vma, start: int, end: int) -> Vma:
-    machine.write("vma.start", vma.row, start)
-    machine.write("vma.end", vma.row, end)
-    machine.write("vma.pgoff", vma.row, vma.pgoff_of(start))
-    return vma_at(machine, vma.row)
-
-
 def split_vma(machine: Machine, vma: Vma, at: int) -> Routine[tuple[Vma, Vma]]:
     """Cut a mapping at page ``at``; returns the lower part and the upper part."""
     yield from vma_adjust_trans_huge(machine, vma, at)
-    upper = new_vma(machine, vma.mm, at, vma.end, vma.flags, vma.pgoff_of(at))
+    upper = new_vma(machine, vma.mm, at, vma.end, vma.flags, vma.pgoff_of(at), vma.file)
     anon_vma_clone(machine, upper, vma)
-    return _move_edges(machine, vma, vma.start, at), vma_at(machine, upper.row)
+    return move_edges(machine, vma, vma.start, at), vma_at(machine, upper.row)
 
 
 def _is_mergeable_anon_vma(state: State, a: int, b: int, vma: Vma | None) -> bool:
@@ -168,9 +213,11 @@ def _is_mergeable_anon_vma(state: State, a: int, b: int, vma: Vma | None) -> boo
     return a == b
 
 
-def _can_merge(state: State, neighbour: Vma, flags: int, anon_vma: int) -> bool:
-    return not (neighbour.flags ^ flags) & ~VM_SOFTDIRTY and _is_mergeable_anon_vma(
-        state, anon_vma, neighbour.anon_vma, neighbour
+def _can_merge(state: State, neighbour: Vma, flags: int, anon_vma: int, file: int) -> bool:
+    return (
+        not (neighbour.flags ^ flags) & ~VM_SOFTDIRTY
+        and neighbour.file == file
+        and _is_mergeable_anon_vma(state, anon_vma, neighbour.anon_vma, neighbour)
     )
 
 
@@ -183,6 +230,7 @@ def vma_merge(
     flags: int,
     anon_vma: int,
     pgoff: int,
+    file: int = 0,
 ) -> Routine[Vma | None]:
     """Let a neighbour take over pages ``start`` to ``end - 1``, which shall have these properties.
 
@@ -197,13 +245,13 @@ def vma_merge(
         prev is not None
         and prev.end == start
         and prev.pgoff_of(start) == pgoff
-        and _can_merge(machine, prev, flags, anon_vma)
+        and _can_merge(machine, prev, flags, anon_vma, file)
     )
     with_next = (
         next_ is not None
         and next_.start == end
         and next_.pgoff == pgoff + end - start
-        and _can_merge(machine, next_, flags, anon_vma)
+        and _can_merge(machine, next_, flags, anon_vma, file)
     )
     if (
         prev
@@ -236,8 +284,8 @@ def _adjust(machine: Machine, vma: Vma, start: int, end: int) -> Routine[Vma]:
             remove_vma(machine, other)
         elif other.start < start:
             yield from vma_adjust_trans_huge(machine, other, start)
-            _move_edges(machine, other, other.start, start)
+            move_edges(machine, other, other.start, start)
         else:
             yield from vma_adjust_trans_huge(machine, other, end)
-            _move_edges(machine, other, end, other.end)
-    return _move_edges(machine, vma, start, end)
+            move_edges(machine, other, end, other.end)
+    return move_edges(machine, vma, start, end)

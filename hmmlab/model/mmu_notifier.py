@@ -40,6 +40,7 @@ __all__ = [
     "mmu_interval_read_retry",
     "mmu_interval_set_seq",
     "mmu_notifier_register",
+    "mmu_notifier_release",
     "mmu_notifier_unregister",
 ]
 
@@ -90,6 +91,9 @@ class MmuNotifierRange:
         Row of the mapping, 0 for none.
     blockable
         Whether a callback may sleep.
+    order
+        int64 array of shape (n,): in a loop that is taken in bulk, the iteration that raises each
+        range; None where that is the page.
     """
 
     mm: int
@@ -99,6 +103,7 @@ class MmuNotifierRange:
     owner: int = 0
     vma: int = 0
     blockable: bool = True
+    order: NDArray[np.int64] | None = None
 
     @classmethod
     def one(cls, mm: int, event: Event, start: int, end: int, **rest: Any) -> MmuNotifierRange:
@@ -118,7 +123,10 @@ class MmuNotifierRange:
     def __getitem__(self, which: Any) -> MmuNotifierRange:
         """Some of the series."""
         return replace(
-            self, start=np.atleast_1d(self.start[which]), end=np.atleast_1d(self.end[which])
+            self,
+            start=np.atleast_1d(self.start[which]),
+            end=np.atleast_1d(self.end[which]),
+            order=None if self.order is None else np.atleast_1d(self.order[which]),
         )
 
 
@@ -178,6 +186,13 @@ def invalidate_range_end(machine: Machine, range: MmuNotifierRange) -> Routine[N
 
 @kernel("mm/mmu_notifier.c", "__mmu_notifier_invalidate_range_start")
 def _range_start(machine: Machine, range: MmuNotifierRange) -> Routine[None]:
+    yield from _hit_intervals(machine, range)
+    for row in np.flatnonzero(machine["notifier.mm"] == range.mm).tolist():
+        for single in _singles(range):
+            yield from _maybe(machine.objects["notifier"][row].invalidate_range_start(single))
+
+
+def _hit_intervals(machine: Machine, range: MmuNotifierRange) -> Routine[None]:
     mm = range.mm
     subscriptions = np.flatnonzero(
         (machine["interval.mm"] == mm) & (machine["interval.deferred"] != 1)
@@ -211,9 +226,6 @@ def _range_start(machine: Machine, range: MmuNotifierRange) -> Routine[None]:
         int(range.end[-1]),
         detail=range,
     )
-    for row in np.flatnonzero(machine["notifier.mm"] == mm).tolist():
-        for single in _singles(range):
-            yield from _maybe(machine.objects["notifier"][row].invalidate_range_start(single))
 
 
 @kernel("mm/mmu_notifier.c", "__mmu_notifier_invalidate_range_end")
@@ -358,6 +370,16 @@ def mmu_interval_read_retry(machine: Machine, subscription: int, seq: int) -> bo
 def mmu_interval_check_retry(machine: Machine, subscription: int, seq: int) -> bool:
     """The same test without the lock: may be stale, good for giving up early."""
     return mmu_interval_read_retry(machine, subscription, seq)
+
+
+@kernel("mm/mmu_notifier.c", "__mmu_notifier_release")
+def mmu_notifier_release(machine: Machine, mm: int) -> Routine[None]:
+    """The address space ends: every interval is hit with RELEASE, and stays subscribed."""
+    if not mm_has_notifiers(machine, mm):
+        return
+    yield from _hit_intervals(machine, MmuNotifierRange.one(mm, Event.RELEASE, 0, EVERYTHING))
+    _interval_end(machine, mm)
+    machine.write("notifier.mm", np.flatnonzero(machine["notifier.mm"] == mm), 0)
 
 
 # --- classic notifiers ----------------------------------------------------------------------------

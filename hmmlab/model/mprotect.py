@@ -107,7 +107,9 @@ def mprotect_fixup(
     ):
         flags |= VM_ACCOUNT  # promised memory stays promised, so this bit never goes again
     pgoff = vma.pgoff_of(start)
-    merged = yield from vma_merge(machine, vma.mm, prev, start, stop, flags, vma.anon_vma, pgoff)
+    merged = yield from vma_merge(
+        machine, vma.mm, prev, start, stop, flags, vma.anon_vma, pgoff, vma.file
+    )
     if merged is None:
         if start != vma.start:
             _, vma = yield from split_vma(machine, vma, start)

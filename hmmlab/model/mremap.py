@@ -64,11 +64,13 @@ def _move_vma(machine: Machine, vma: Vma, start: int, stop: int, to: int) -> Rou
     """A mapping at the new place, the words moved over, and the old place unmapped."""
     mm, pages = vma.mm, stop - start
     # A mapping without pages of its own forgets where it came from, to merge more easily.
-    pgoff = vma.pgoff_of(start) if vma.anon_vma else to
+    pgoff = vma.pgoff_of(start) if vma.anon_vma or vma.file else to
     _, prev = find_vma_prev(machine, mm, to)
-    new = yield from vma_merge(machine, mm, prev, to, to + pages, vma.flags, vma.anon_vma, pgoff)
+    new = yield from vma_merge(
+        machine, mm, prev, to, to + pages, vma.flags, vma.anon_vma, pgoff, vma.file
+    )
     if new is None:
-        new = new_vma(machine, mm, to, to + pages, vma.flags, pgoff)
+        new = new_vma(machine, mm, to, to + pages, vma.flags, pgoff, vma.file)
         anon_vma_clone(machine, new, vma)
     # The old one may have grown into the new one.
     vma = vma_lookup(machine, mm, start) or vma

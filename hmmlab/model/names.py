@@ -44,6 +44,11 @@ class Names:
         old = self.regions.get((mm, name), (start, stop))
         self.regions[mm, name] = (old[0], max(old[1], stop))
 
+    def inherit(self, parent: int, child: int) -> None:
+        """Let a child know the regions of its parent."""
+        for name, pages in self.of(parent).items():
+            self.regions[child, name] = pages
+
     def of(self, mm: int) -> dict[str, tuple[int, int]]:
         """All names of one address space with their ranges."""
         return {name: pages for (owner, name), pages in self.regions.items() if owner == mm}

@@ -23,6 +23,7 @@ from hmmlab.model.machine import KernelError, Machine
 from hmmlab.model.state import Rows, State
 
 __all__ = [
+    "GUP_PIN_COUNTING_BIAS",
     "PAGE_FLAGS",
     "PG_ANON",
     "PG_ANON_EXCLUSIVE",
@@ -39,6 +40,7 @@ __all__ = [
     "is_zone_device",
     "memremap_pages",
     "memunmap_pages",
+    "page_mapping",
     "page_rows",
     "pagemap_of",
     "put_page",
@@ -51,6 +53,9 @@ PHYSICAL_PAGES = 1 << (MAX_PHYSMEM_BITS - PAGE_SHIFT)
 #: The frame of zeros that every read of untouched anonymous memory maps.
 ZERO_PFN = 1
 _FIRST_FREE_PFN = 2
+
+#: References from this many on may be pins.
+GUP_PIN_COUNTING_BIAS = 1024
 
 PG_LOCKED = 1 << 0
 PG_DIRTY = 1 << 1
@@ -65,7 +70,7 @@ Machine.declare("page.refcount", np.int32, "references to the frame; 0 is free")
 Machine.declare("page.mapcount", np.int32, "page-table entries that map the frame")
 Machine.declare("page.flags", np.uint32, "PG_* bits")
 Machine.declare("page.content", np.uint64, "the frame's first eight bytes")
-Machine.declare("page.mapping", np.int32, "number of the anon_vma that knows who maps it")
+Machine.declare("page.mapping", np.int32, "number of the anon_vma or file that knows who maps it")
 Machine.declare("page.index", np.int64, "offset of the page in its mapping, in pages")
 Machine.declare("page.private", np.int64, "zone_device_data: the driver's own word")
 Machine.declare("zone.used", np.int64, "frames of a node that were handed out at least once")
@@ -111,6 +116,12 @@ def as_rows(rows: Pfns) -> Rows:
 def is_zone_device(state: State, pfns: Pfns) -> np.ndarray:
     """Whether frames are device memory, bool of the shape of ``pfns``."""
     return pfns >= state.ram_pages
+
+
+def page_mapping(state: State, pfns: Pfns) -> np.ndarray:
+    """Whether frames belong to a file, bool of the shape of ``pfns`` (``page_mapping``)."""
+    rows = page_rows(state, pfns)
+    return (state["page.mapping"][rows] != 0) & ((state["page.flags"][rows] & PG_ANON) == 0)
 
 
 # --- references and flags -------------------------------------------------------------------------
@@ -177,6 +188,7 @@ def alloc_pages(machine: Machine, count: int, node: int = 0) -> Pfns:
         if recycled:
             stack = machine[f"zone.free_list.{zone}"]
             taken.append(stack[free - recycled : free][::-1].copy())
+            machine.write("page.content", as_rows(taken[-1]), 0)
         if fresh:
             taken.append(np.arange(first + used, first + used + fresh))
         missing -= recycled + fresh
@@ -202,7 +214,7 @@ def _take_from_zone(machine: Machine, pfns: Pfns) -> None:
 
 def _free_ram(machine: Machine, pfns: Pfns) -> None:
     rows = as_rows(pfns)
-    for column in ("flags", "content", "mapping", "index", "private"):
+    for column in ("flags", "mapping", "index", "private"):  # the content stays until it is reused
         machine.write(f"page.{column}", rows, 0)
     boundary = _node_limits(machine, 0)[1]
     high = pfns >= boundary

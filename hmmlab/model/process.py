@@ -20,11 +20,12 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from hmmlab.model.driver import Driver
+from hmmlab.model.fork import dup_mmap
 from hmmlab.model.machine import Actor, Machine, Routine, StepsOf, operation
 from hmmlab.model.madvise import sys_madvise_dontneed
 from hmmlab.model.memory import user_access
 from hmmlab.model.mm_types import flags_of_prot, new_mm
-from hmmlab.model.mmap import sys_mmap, sys_munmap
+from hmmlab.model.mmap import KINDS, exit_mmap, sys_mmap, sys_munmap
 from hmmlab.model.mprotect import sys_mprotect
 from hmmlab.model.mremap import sys_mremap
 from hmmlab.model.pagemap import read_pagemap
@@ -58,16 +59,18 @@ class Process:
     """
 
     def __init__(self, machine: Machine, name: str | None = None) -> None:
-        processes = machine.objects.setdefault("process", {})
         self.machine = machine
-        self.name = name if name is not None else f"p{len(processes)}"
+        self.name = name if name is not None else f"p{len(machine.names.processes)}"
         self.actor = Actor(self.name)
         self.regions: dict[str, int] = {}
         self.files: dict[str, Driver] = {}
         self._slots = 0
-        self.mm = new_mm(machine, self.name)
-        processes[self.mm] = self
-        machine.names.processes[self.mm] = self.name
+        self._live_in(new_mm(machine, self.name))
+
+    def _live_in(self, mm: int) -> None:
+        self.mm = mm
+        self.machine.objects.setdefault("process", {})[mm] = self
+        self.machine.names.processes[mm] = self.name
 
     def __repr__(self) -> str:
         return f"Process({self.name!r}, regions {', '.join(self.regions) or 'none yet'})"
@@ -84,8 +87,13 @@ class Process:
             self.regions[name] = REGION_START + self._slots * REGION_PAGES
             self._slots += max(1, -(-pages // REGION_PAGES))
         start = self.regions[name]
-        self.machine.names.learn(self.mm, name, start, start + pages)
+        if pages:
+            self.machine.names.learn(self.mm, name, start, start + pages)
         return Pages(name, self.mm, start, start + pages)
+
+    def here(self, where: Pages) -> Pages:
+        """The pages of this process that have the addresses of another's."""
+        return Pages(where.name, self.mm, where.start, where.stop)
 
     def _new_name(self) -> str:
         letters = (a + b for a in ("", *ascii_uppercase) for b in ascii_uppercase)
@@ -142,17 +150,55 @@ class Process:
         self.files[name] = file
         return file
 
+    # --- life -------------------------------------------------------------------------------------
+    @operation
+    def fork(self, name: str | None = None) -> tuple[str, Routine[Process]]:
+        """A child with a copy of every mapping; it inherits the open device files.
+
+        ``child.here(a)`` are its pages at the addresses of ``a``. An inherited file still drives
+        this process's address space.
+        """
+        name = name if name is not None else f"p{len(self.machine.names.processes)}"
+        return f"fork {name}", self.clone(name)
+
+    def clone(self, name: str) -> Routine[Process]:
+        """The routine behind :meth:`fork`."""
+        mm = yield from dup_mmap(self.machine, self.mm, name)
+        child = object.__new__(type(self))
+        child.machine, child.name, child.actor = self.machine, name, Actor(name)
+        child.regions, child.files, child._slots = dict(self.regions), dict(self.files), self._slots
+        child._live_in(mm)
+        self.machine.names.inherit(self.mm, mm)
+        for file in self.files.values():
+            file.get()
+        return child
+
+    @operation
+    def exit(self) -> tuple[str, Routine[None]]:
+        """The process ends: first its memory goes, then its files are closed."""
+        return f"exit {self.name}", self.do_exit()
+
+    def do_exit(self) -> Routine[None]:
+        """The routine behind :meth:`exit`."""
+        yield from exit_mmap(self.machine, self.mm)
+        for file in list(self.files.values()):
+            yield from file.close_file()
+        self.files.clear()
+
     # --- system calls -----------------------------------------------------------------------------
     @operation
     def mmap(
-        self, pages: int, prot: str = "rw", name: str | None = None
+        self, pages: int, prot: str = "rw", name: str | None = None, kind: str = "private"
     ) -> tuple[str, Routine[Pages]]:
-        """Map ``pages`` pages of private anonymous memory.
+        """Map ``pages`` pages of memory.
 
         Parameters
         ----------
         prot
             Letters of ``rwx``, or ``none``.
+        kind
+            "private" or "shared" anonymous memory, or "file_private", "file_shared": a fresh file
+            whose page i holds 7000 + i.
         name
             What to call the region; the default is the next free letter. A region that has a
             place already is mapped there anew.
@@ -160,16 +206,18 @@ class Process:
         Raises
         ------
         ValueError
-            For no pages, or a protection that is none.
+            For no pages, a protection or a kind that is none.
         """
+        if kind not in KINDS:
+            raise ValueError(f"kind {kind!r}; expected one of {', '.join(KINDS)}")
         if pages < 1:
             raise ValueError(f"mmap of {pages} pages; expected at least 1")
         flags_of_prot(prot)
         where = self.region(name if name is not None else self._new_name(), pages)
-        return f"mmap {where.name} {pages} {prot} private", self._mapped(where, prot)
+        return f"mmap {where.name} {pages} {prot} {kind}", self._mapped(where, prot, kind)
 
-    def _mapped(self, where: Pages, prot: str) -> Routine[Pages]:
-        yield from sys_mmap(self.machine, self.mm, where.start, len(where), prot)
+    def _mapped(self, where: Pages, prot: str, kind: str) -> Routine[Pages]:
+        yield from sys_mmap(self.machine, self.mm, where.start, len(where), prot, kind)
         return where
 
     @operation

@@ -1,7 +1,8 @@
 """Reverse mapping: how many entries map a frame, and where they are.
 
-A page of private memory remembers its anon_vma and its offset in it; every mapping that belongs to
-that anon_vma may hold it at one address. Walks go page by page as the kernel's do, in arrays.
+A page of private memory remembers its anon_vma and its offset in it, a page of a file the file and
+its offset there; every mapping that belongs to either may hold the page at one address. Walks go
+page by page and mapping by mapping as the kernel's do, in arrays.
 
 Source: mm/rmap.c.
 """
@@ -13,9 +14,23 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from hmmlab.model.entry import Pfns, is_present, is_swap_type, pfn_of, swap_offset_pfn
+from hmmlab.model.entry import (
+    Pfns,
+    Words,
+    has_pfn,
+    is_present,
+    is_swap_type,
+    pfn_of,
+    swap_offset_pfn,
+)
 from hmmlab.model.machine import Machine
-from hmmlab.model.mm_types import Vma, mm_root, vma_at
+from hmmlab.model.mm_types import (
+    Vma,
+    find_vmas_of_anon_vma,
+    find_vmas_of_file,
+    mm_root,
+    vma_at,
+)
 from hmmlab.model.page import PG_ANON, PG_ANON_EXCLUSIVE, as_rows, page_rows, set_flags
 from hmmlab.model.page_table import walk
 from hmmlab.model.state import State
@@ -23,23 +38,39 @@ from hmmlab.model.state import State
 __all__ = [
     "Mappings",
     "page_add_anon_rmap",
+    "page_add_file_rmap",
     "page_add_new_anon_rmap",
+    "page_dup_rmap",
     "page_remove_rmap",
     "rmap_walk",
 ]
 
 
 class Mappings(NamedTuple):
-    """Who maps some frames: int64 arrays of one shape, ordered by page and then by mapping.
+    """Where some frames may be mapped: arrays of one shape, frame by frame in the kernel's order.
 
-    ``which`` is the index of the page in the frames asked for, ``vma`` the row of the mapping,
-    ``vpn`` the page number there, and ``row`` the row of the word in the ``pte`` column.
+    ``which`` is the index of the frame in those asked for, ``vma`` the row of a mapping that covers
+    the frame's place, ``vpn`` the page number there, ``row`` the row of its word in the ``pte``
+    column (-1 where no table is), and ``maps`` whether that word names the frame.
     """
 
     which: NDArray[np.int64]
     vma: NDArray[np.int64]
     vpn: NDArray[np.int64]
     row: NDArray[np.int64]
+    maps: NDArray[np.bool_]
+
+    def only(self, chosen: NDArray[np.bool_]) -> Mappings:
+        """Some of them."""
+        which, vma, vpn, row, maps = self
+        return Mappings(which[chosen], vma[chosen], vpn[chosen], row[chosen], maps[chosen])
+
+    def until_unmapped(self) -> Mappings:
+        """As far as a walk goes that ends when the frame has lost its last mapping."""
+        position = np.arange(self.which.size)
+        last = np.full(self.which.max(initial=-1) + 1, -1)
+        np.maximum.at(last, self.which[self.maps], position[self.maps])
+        return self.only(position <= last[self.which])
 
 
 def page_add_new_anon_rmap(machine: Machine, pfns: Pfns, vma: Vma, vpns: Pfns) -> None:
@@ -59,6 +90,17 @@ def page_add_anon_rmap(machine: Machine, pfns: Pfns, exclusive: NDArray[np.bool_
         set_flags(machine, np.unique(pfns[exclusive]), PG_ANON_EXCLUSIVE)
 
 
+def page_dup_rmap(machine: Machine, pfns: Pfns) -> None:
+    """Let a child map frames, which may repeat, too: nobody owns them alone from now on."""
+    machine.add("page.mapcount", as_rows(page_rows(machine, pfns)), 1)
+    set_flags(machine, np.unique(pfns), off=PG_ANON_EXCLUSIVE)
+
+
+def page_add_file_rmap(machine: Machine, pfns: Pfns) -> None:
+    """Let frames of a file, which may repeat, be mapped once more."""
+    machine.add("page.mapcount", as_rows(page_rows(machine, pfns)), 1)
+
+
 def page_remove_rmap(machine: Machine, pfns: Pfns) -> None:
     """Let frames, which may repeat, be mapped once less."""
     if pfns.size:
@@ -67,30 +109,48 @@ def page_remove_rmap(machine: Machine, pfns: Pfns) -> None:
 
 
 def rmap_walk(state: State, pfns: Pfns) -> Mappings:
-    """Every entry that names one of ``pfns``: present, device or migration entry."""
+    """Every place at which one of ``pfns`` may be mapped, whether it is or not.
+
+    A private page may be wherever a mapping belongs to its anon_vma and covers its offset, a page
+    of a file wherever the file is mapped there. Mappings are visited in the order of the interval
+    tree that holds them.
+    """
     rows = page_rows(state, pfns)
-    anon_vmas, index = state["page.mapping"][rows], state["page.index"][rows]
+    mapping, index = state["page.mapping"][rows], state["page.index"][rows]
+    anon = (state["page.flags"][rows] & PG_ANON) != 0
     found: list[tuple[NDArray[np.int64], ...]] = []
-    for anon_vma in np.unique(anon_vmas).tolist():
-        if not anon_vma:
-            continue
-        links = np.flatnonzero(state["avc.anon_vma"] == anon_vma)
-        members = np.flatnonzero(anon_vmas == anon_vma)
-        for vma_row in state["avc.vma"][links].tolist():
-            found.append(_entries_in(state, vma_at(state, vma_row), members, index, pfns))
+    for kind, find in ((anon, find_vmas_of_anon_vma), (~anon, find_vmas_of_file)):
+        for number in np.unique(mapping[kind & (mapping != 0)]).tolist():
+            members = np.flatnonzero(kind & (mapping == number))
+            for rank, vma_row in enumerate(find(state, number)):
+                vma = vma_at(state, vma_row)
+                found.append(_places_in(state, vma, rank, members, index[members]))
     if not found:
         empty = np.zeros(0, np.int64)
-        return Mappings(empty, empty, empty, empty)
-    which, vma, vpn, row = (np.concatenate(column) for column in zip(*found, strict=True))
-    order = np.lexsort((vpn, which))
-    return Mappings(which[order], vma[order], vpn[order], row[order])
+        return Mappings(empty, empty, empty, empty, empty.astype(np.bool_))
+    which, vmas, vpns, words, ranks = (
+        np.concatenate(column) for column in zip(*found, strict=True)
+    )
+    order = np.lexsort((ranks, which))
+    which, words = which[order], words[order]
+    named = _frames_named(np.where(words >= 0, state["pte"][words], np.uint64(0)))
+    return Mappings(which, vmas[order], vpns[order], words, named == pfns[which])
 
 
-def _entries_in(
-    state: State, vma: Vma, members: NDArray[np.int64], index: Pfns, pfns: Pfns
+def _frames_named(words: Words) -> Pfns:
+    """Frame that each word names, -1 for none."""
+    return np.where(
+        is_present(words),
+        pfn_of(words),
+        np.where(is_swap_type(words) & has_pfn(words), swap_offset_pfn(words), -1),
+    )
+
+
+def _places_in(
+    state: State, vma: Vma, rank: int, members: NDArray[np.int64], index: Pfns
 ) -> tuple[NDArray[np.int64], ...]:
-    """Entries of one mapping that name one of the frames ``pfns[members]``."""
-    vpns = index[members] - vma.pgoff_of(0)
+    """Places in one mapping of pages ``members`` with offsets ``index``."""
+    vpns = index - vma.pgoff_of(0)
     inside = (vpns >= vma.start) & (vpns < vma.end)
     members, vpns = members[inside], vpns[inside]
     rows = np.full(vpns.size, -1, np.int64)
@@ -100,9 +160,4 @@ def _entries_in(
             if run.row >= 0:
                 there = (vpns >= run.start) & (vpns < run.stop)
                 rows[there] = run.row + vpns[there] - run.start
-    words = np.where(rows >= 0, state["pte"][rows], np.uint64(0))
-    named = np.where(
-        is_present(words), pfn_of(words), np.where(is_swap_type(words), swap_offset_pfn(words), -1)
-    )
-    mine = named == pfns[members]
-    return members[mine], np.full(int(mine.sum()), vma.row), vpns[mine], rows[mine]
+    return members, np.full(vpns.size, vma.row), vpns, rows, np.full(vpns.size, rank)

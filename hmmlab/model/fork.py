@@ -1,0 +1,179 @@
+"""fork: a child gets the parent's mappings, and shares its private pages until one of them writes.
+
+Source: kernel/fork.c (``dup_mmap``), mm/memory.c (``copy_page_range`` and what it calls).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hmmlab.model.entry import (
+    ACCESSED,
+    DIRTY,
+    RW,
+    SOFT_DIRTY,
+    SPECIAL,
+    SWP_DEVICE_READ,
+    SWP_DEVICE_WRITE,
+    Bools,
+    Pfns,
+    Words,
+    is_device_private,
+    is_present,
+    is_swap_type,
+    pfn_of,
+    present_word,
+    swap_offset,
+    swap_offset_pfn,
+    swap_type,
+    swap_word,
+)
+from hmmlab.model.machine import Machine, Routine, kernel
+from hmmlab.model.mm_types import (
+    VM_DONTCOPY,
+    VM_LOCKED,
+    VM_MIXEDMAP,
+    VM_PFNMAP,
+    VM_SHARED,
+    VM_WIPEONFORK,
+    VM_WRITE,
+    Vma,
+    anon_vma_fork,
+    insert_after,
+    is_cow_mapping,
+    mm_lock,
+    mm_root,
+    new_mm,
+    new_vma,
+    vm_page_prot,
+    vma_at,
+    vmas_of,
+)
+from hmmlab.model.mmu_notifier import (
+    Event,
+    MmuNotifierRange,
+    invalidate_range_end,
+    invalidate_range_start,
+)
+from hmmlab.model.page import (
+    GUP_PIN_COUNTING_BIAS,
+    PG_ANON_EXCLUSIVE,
+    PG_LRU,
+    alloc_pages,
+    as_rows,
+    get_page,
+    page_rows,
+    set_flags,
+)
+from hmmlab.model.page_table import alloc_tables, rows_of, walk
+from hmmlab.model.rmap import page_add_new_anon_rmap, page_dup_rmap
+
+__all__ = ["dup_mmap"]
+
+_ALL = (1 << 64) - 1
+
+
+@kernel("kernel/fork.c")
+def dup_mmap(machine: Machine, oldmm: int, name: str) -> Routine[int]:
+    """A child's address space, a copy of ``oldmm`` mapping by mapping. Returns its number."""
+    mm = new_mm(machine, name)
+    lock = mm_lock(machine, oldmm)
+    yield from machine.down_write(lock)
+    try:
+        for vma in vmas_of(machine, oldmm):
+            if vma.flags & VM_DONTCOPY:
+                continue
+            flags = vma.flags & ~VM_LOCKED
+            child = new_vma(machine, mm, vma.start, vma.end, flags, vma.pgoff, vma.file)
+            if vma.file:
+                insert_after(machine, child, vma)
+            if not vma.flags & VM_WIPEONFORK:
+                anon_vma_fork(machine, child, vma)
+                yield from copy_page_range(machine, vma_at(machine, child.row), vma)
+        yield machine.step("The child has a copy of every mapping.", oldmm)
+    finally:
+        machine.up_write(lock)
+    return mm
+
+
+@kernel("mm/memory.c")
+def copy_page_range(machine: Machine, child: Vma, vma: Vma) -> Routine[None]:
+    """Copy the words of one mapping, unless faults will find its pages as well.
+
+    Where writes are private, both sides lose the right to write, inside a PROTECTION_PAGE of the
+    parent's whole mapping.
+    """
+    if not vma.anon_vma and not vma.flags & (VM_PFNMAP | VM_MIXEDMAP):
+        return
+    cow = is_cow_mapping(vma.flags)
+    range = MmuNotifierRange.one(vma.mm, Event.PROTECTION_PAGE, vma.start, vma.end, vma=vma.row)
+    if cow:
+        yield from invalidate_range_start(machine, range)
+    for run in list(walk(machine, mm_root(machine, vma.mm), vma.start, vma.end)):
+        if run.row < 0:
+            continue
+        alloc_tables(machine, mm_root(machine, child.mm), run.start, run.stop)
+        used = np.flatnonzero(machine["pte"][run.row : run.row + run.stop - run.start])
+        for first, last in machine.chunks(0, used.size):
+            part = used[first:last]
+            _copy_words(machine, child, vma, run.start + part, run.row + part)
+            yield machine.step(
+                "The child maps what {range} maps" + (", and neither may write." if cow else "."),
+                vma.mm,
+                run.start + int(part[0]),
+                run.start + int(part[-1]) + 1,
+            )
+    if cow:
+        yield from invalidate_range_end(machine, range)
+
+
+def _copy_words(
+    machine: Machine, child: Vma, vma: Vma, vpns: NDArray[np.int64], rows: NDArray[np.int64]
+) -> None:
+    """Copy the words of ``vpns``, none of them empty, which are in ``rows`` of the parent."""
+    words = machine["pte"][rows]
+    if is_cow_mapping(vma.flags):
+        words = _write_protected(words)
+    copies = words.copy()
+    present = is_present(words)
+    normal = present & ((words & SPECIAL) == 0)
+    private = ~present & is_device_private(words)
+    pfns = np.where(present, pfn_of(words), swap_offset_pfn(words))
+    pinned = _must_copy(machine, pfns, normal)
+    shared = (normal | private) & ~pinned
+    get_page(machine, pfns[shared])
+    page_dup_rmap(machine, pfns[shared])
+    clean = DIRTY if vma.flags & VM_SHARED else 0
+    copies[present] &= np.uint64(~(ACCESSED | clean) & _ALL)
+    if pinned.any():
+        words[pinned] = machine["pte"][rows[pinned]]  # a pinned page stays the parent's own
+        copies[pinned] = _copied(machine, child, vpns[pinned], pfns[pinned])
+    machine.write("pte", as_rows(rows), words)
+    machine.write("pte", rows_of(machine, mm_root(machine, child.mm), vpns), copies)
+
+
+def _write_protected(words: Words) -> Words:
+    """Words without the right to write; a device entry loses its soft-dirty bit with it."""
+    protected = np.where(is_present(words), words & np.uint64(~RW & _ALL), words)
+    writable = is_swap_type(words) & (swap_type(words) == SWP_DEVICE_WRITE)
+    protected[writable] = swap_word(SWP_DEVICE_READ, swap_offset(words[writable]))
+    return protected
+
+
+def _must_copy(machine: Machine, pfns: Pfns, normal: Bools) -> Bools:
+    """Which pages may be pinned, so that the child must not share them."""
+    rows = page_rows(machine, np.where(normal, pfns, 0))
+    exclusive = (machine["page.flags"][rows] & PG_ANON_EXCLUSIVE) != 0
+    return normal & exclusive & (machine["page.refcount"][rows] >= GUP_PIN_COUNTING_BIAS)
+
+
+def _copied(machine: Machine, child: Vma, vpns: Pfns, pfns: Pfns) -> Words:
+    """Words of the child's own copies of some pages (``copy_present_page``)."""
+    new = alloc_pages(machine, pfns.size)
+    content = machine["page.content"][page_rows(machine, pfns)]
+    machine.write("page.content", as_rows(page_rows(machine, new)), content)
+    set_flags(machine, new, PG_LRU)
+    page_add_new_anon_rmap(machine, new, child, vpns)
+    writable = RW if child.flags & VM_WRITE else 0
+    return present_word(new, vm_page_prot(child.flags) | DIRTY | SOFT_DIRTY | writable)
