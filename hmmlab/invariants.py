@@ -17,15 +17,18 @@ from hmmlab.model.entry import (
     Pfns,
     Words,
     device_pfn,
+    is_device_exclusive,
     is_device_private,
     is_migration,
     is_present,
     is_swap_type,
+    is_swapped,
     pfn_of,
+    swap_offset,
     swap_offset_pfn,
 )
 from hmmlab.model.geometry import ENTRIES, PMD_PAGES, USER_VPN_END
-from hmmlab.model.mm_types import mm_root, vmas_of
+from hmmlab.model.mm_types import mm_is_alive, mm_root, vmas_of
 from hmmlab.model.page import ZERO_PFN, page_rows
 from hmmlab.model.page_table import read_range, walk
 from hmmlab.model.state import State
@@ -47,6 +50,7 @@ def violations(state: State, *, quiet: bool = True) -> list[str]:
         *_mirrors(state),
         *_tables(state),
         *_vmas(state),
+        *_swap_counts(state),
     ]
     return [*found, *_references(state), *_free_lists(state)] if quiet else found
 
@@ -66,6 +70,16 @@ def _mapped_words(state: State, root: int) -> Words:
     return words[words != 0]
 
 
+def _everything_mapped(state: State) -> Words:
+    """The words of all address spaces that are not empty."""
+    return np.concatenate(
+        [
+            np.zeros(0, np.uint64),
+            *(_mapped_words(state, mm_root(state, mm)) for mm in _spaces(state)),
+        ]
+    )
+
+
 def _named(words: Words) -> Pfns:
     """Frames that words map: present and counted ones, and device entries."""
     present = is_present(words) & ((words & SPECIAL) == 0)
@@ -75,11 +89,8 @@ def _named(words: Words) -> Pfns:
 
 def _counts(state: State) -> NDArray[np.int64]:
     """How many entries map each row of the page columns."""
-    rows = [
-        page_rows(state, _named(_mapped_words(state, mm_root(state, mm)))) for mm in _spaces(state)
-    ]
-    size = state["page.mapcount"].size
-    return np.bincount(np.concatenate(rows or [np.zeros(0, np.int64)]), minlength=size)
+    rows = page_rows(state, _named(_everything_mapped(state)))
+    return np.bincount(rows, minlength=state["page.mapcount"].size)
 
 
 def _mapcounts(state: State) -> Iterator[str]:
@@ -91,12 +102,20 @@ def _mapcounts(state: State) -> Iterator[str]:
 
 
 def _references(state: State) -> Iterator[str]:
-    """While nothing runs, a reference is a mapping, a cache's, or a device frame's claim on its backing."""
+    """While nothing runs, it is known who holds every reference.
+
+    Mappings do, caches, device-exclusive entries, and device frames their backing.
+    """
     expected = _counts(state)
     device = np.flatnonzero(state["page.refcount"][state.ram_pages :] > 0) + state.ram_pages
     np.add.at(expected, state["page.private"][device], 1)
     cached = state["cache.page"]
     np.add.at(expected, cached[cached > 0], 1)
+    swap_cache = state["swap.cache"]
+    np.add.at(expected, swap_cache[swap_cache > 0], 1)
+    words = _everything_mapped(state)
+    exclusive = words[is_swap_type(words) & is_device_exclusive(words)]
+    np.add.at(expected, swap_offset_pfn(exclusive), 1)
     expected[ZERO_PFN] = 1
     size = min(expected.size, state["page.refcount"].size)
     for row in np.flatnonzero(expected[:size] != state["page.refcount"][:size]).tolist():
@@ -104,6 +123,20 @@ def _references(state: State) -> Iterator[str]:
             f"frame row {row} has {state['page.refcount'][row]} references, "
             f"{expected[row]} are known"
         )
+
+
+def _swap_counts(state: State) -> Iterator[str]:
+    """A slot counts the words and the files that name it."""
+    words = _everything_mapped(state)
+    files = state["cache.page"]
+    slots = np.concatenate([swap_offset(words[is_swapped(words)]), -files[files < 0]])
+    named, counts = np.unique(slots, return_counts=True)
+    known = np.flatnonzero(state["swap.count"])
+    for slot in np.union1d(named, known).tolist():
+        users = int(counts[named == slot].sum())
+        count = int(state["swap.count"][slot]) if slot < state["swap.count"].size else 0
+        if users != count:
+            yield f"slot {slot} is named {users} times and counts {count}"
 
 
 def _free_lists(state: State) -> Iterator[str]:
@@ -131,10 +164,16 @@ def _sequences(state: State) -> Iterator[str]:
 
 
 def _mirrors(state: State) -> Iterator[str]:
-    """While no invalidation runs, a device entry names what the CPU's table names."""
-    for file in np.flatnonzero(state["device_file.mm"]).tolist():
-        mm = int(state["device_file.mm"][file])
-        if state["mm.active_invalidations"][mm]:
+    """While no invalidation runs, a device entry names what the CPU's table names.
+
+    The test driver breaks this between two files of one device: each takes the migrations of the
+    other for its own.
+    """
+    files = np.flatnonzero(state["device_file.mm"])
+    for file in files.tolist():
+        mm, device = (int(state[f"device_file.{column}"][file]) for column in ("mm", "device"))
+        alone = int((state["device_file.device"][files] == device).sum()) == 1
+        if state["mm.active_invalidations"][mm] or not alone or not mm_is_alive(state, mm):
             continue
         root = int(state["device_file.root"][file])
         for run in walk(state, root, 0, USER_VPN_END):

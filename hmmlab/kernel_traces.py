@@ -25,6 +25,7 @@ __all__ = [
     "judge",
     "read_recording",
     "reduce_calls",
+    "scenario_of",
 ]
 
 #: The kernel that the recordings come from.
@@ -117,28 +118,49 @@ def read_recording(path: Path) -> list[dict[str, Any]]:
     """
     answers = []
     try:
-        lines = path.read_text("utf-8").splitlines()
+        lines = path.read_bytes().decode("utf-8").split("\n")
     except UnicodeDecodeError:
         raise RecordingError(f"{path}:1: expected JSON lines in UTF-8") from None
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
-            answer = json.loads(line)
+            answer = json.loads(line, object_pairs_hook=_once, parse_constant=_no_constant)
         except (ValueError, RecursionError):
             answer = None
         if not (
             isinstance(answer, dict)
-            and isinstance(answer.get("op"), str)
-            and isinstance(answer.get("proc"), str)
+            and all(isinstance(answer.get(key), str) for key in ("proc", "op"))
+            and "\n" not in answer["proc"] + answer["op"]
+            and "ret" in answer
         ):
             raise RecordingError(
                 f"{path}:{number}: expected a JSON object with 'proc', 'op' and 'ret'"
             )
+        if not _are_calls(answer.get("calls", [])):
+            raise RecordingError(f"{path}:{number}: expected calls as [depth, name], ...")
         answers.append(answer)
     if not answers:
         raise RecordingError(f"{path}:1: expected an answer a line, the file has none")
     return answers
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object whose keys stand once each: of two, JSON would keep the last in silence."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a key stands twice")
+    return found
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is no JSON")
+
+
+def _are_calls(calls: Any) -> bool:
+    return isinstance(calls, list) and all(
+        isinstance(call, list) and list(map(type, call)) == [int, str] for call in calls
+    )
 
 
 def compare(answers: Answers, recording: Answers) -> Verdict:
@@ -199,9 +221,8 @@ def judge(recording: Answers, name: str = "recording", *, grain: int = BULK) -> 
     RecordingError
         When an operation of the recording is none.
     """
-    lines = [_line(answer) for answer in recording]
     try:
-        operations = parse("\n".join(lines), name)
+        operations = parse(scenario_of(recording), name)
     except ScenarioError as error:
         raise RecordingError(str(error)) from None
     if len(operations) != len(recording):
@@ -231,7 +252,14 @@ def judge(recording: Answers, name: str = "recording", *, grain: int = BULK) -> 
     return compare(answers, wanted)
 
 
-def _line(answer: Mapping[str, Any]) -> str:
-    """The line of the scenario that an answer is for."""
-    op, proc = str(answer["op"]), str(answer["proc"])
-    return op if proc == "p0" else f"on {proc} {op}"
+def scenario_of(recording: Answers) -> str:
+    """The scenario that a recording is of, a line an answer."""
+    ancestors: dict[str, str] = {"p0": ""}
+    lines = []
+    for answer in recording:
+        op, proc = str(answer["op"]), str(answer["proc"])
+        lines.append(ancestors.get(proc, f"on {proc} ") + op)
+        words = op.split()
+        if len(words) == 2 and words[0] == "fork":
+            ancestors[words[1]] = f"{ancestors.get(proc, '')}on {words[1]} "
+    return "\n".join(lines)

@@ -91,7 +91,8 @@ class Operation(NamedTuple):
 class Scope:
     """The names that one process knows: open devices, and children with their own.
 
-    Regions are known to all: a child may speak of a region that only another process has mapped; it has nothing there.
+    Regions are known to all: a child may speak of one that only another process has mapped, and has
+    nothing there.
     ``mapped`` are the regions that any process of the scenario has mapped so far.
     """
 
@@ -245,7 +246,7 @@ def parse(text: str, name: str = "scenario") -> list[Operation]:
         ``name:line: what was expected`` for the first line that is none.
     """
     scope, operations = Scope(), []
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):
         try:
             operation = parse_line(number, line, scope)
         except ScenarioError as error:

@@ -14,25 +14,27 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from hmmlab.model.access import user_access
 from hmmlab.model.driver import Answer, Driver
 from hmmlab.model.machine import BULK, KernelError, Machine, Routine, Steps
-from hmmlab.model.madvise import sys_madvise_dontneed
-from hmmlab.model.memory import Faults, user_access
+from hmmlab.model.madvise import ADVICE, sys_madvise
+from hmmlab.model.memory import Faults
 from hmmlab.model.mmap import KINDS, sys_mmap, sys_munmap
 from hmmlab.model.mmu_notifier import EVERYTHING, MmuNotifierRange
 from hmmlab.model.mprotect import sys_mprotect
 from hmmlab.model.mremap import sys_mremap
-from hmmlab.model.pagemap import (
+from hmmlab.model.process import Process
+from hmmlab.model.region import REGION_PAGES
+from hmmlab.model.state import Rows
+from hmmlab.model.task_mmu import (
     PM_FILE,
     PM_MMAP_EXCLUSIVE,
     PM_PRESENT,
     PM_SOFT_DIRTY,
     PM_SWAP,
+    clear_refs_soft_dirty,
     read_pagemap,
 )
-from hmmlab.model.process import Process
-from hmmlab.model.region import REGION_PAGES
-from hmmlab.model.state import Rows
 from hmmlab.model.test_hmm import PRIVATE_UNITS, Dmirror
 from hmmlab.model.trace import Step, Trace
 from hmmlab.scenario import Operation, ScenarioError, Scope, parse_line
@@ -304,12 +306,18 @@ class Session:
         return self._call(sys_mprotect, operation, known, args["prot"])
 
     def _madvise(self, operation: Operation, known: _Known, args: dict[str, Any]) -> dict[str, Any]:
-        return self._call(sys_madvise_dontneed, operation, known)
+        return self._call(sys_madvise, operation, known, args["advice"])
 
     def _mremap(self, operation: Operation, known: _Known, args: dict[str, Any]) -> dict[str, Any]:
         process, start, stop = self._span(known, args)
         to = process.region(args["new"], args["pages"]).start
         body = sys_mremap(self.machine, process.mm, start, stop - start, to)
+        return {"ret": self._run(operation, known, body)[0]}
+
+    def _clear_refs(
+        self, operation: Operation, known: _Known, args: dict[str, Any]
+    ) -> dict[str, Any]:
+        body = clear_refs_soft_dirty(self.machine, known.process.mm)
         return {"ret": self._run(operation, known, body)[0]}
 
     def _load(self, operation: Operation, known: _Known, args: dict[str, Any]) -> dict[str, Any]:
@@ -374,6 +382,16 @@ class Session:
     def _to_sys(self, operation: Operation, known: _Known, args: dict[str, Any]) -> dict[str, Any]:
         return self._ioctl(operation, known, _dmirror(known, args).migrate_to_system)
 
+    def _exclusive(
+        self, operation: Operation, known: _Known, args: dict[str, Any]
+    ) -> dict[str, Any]:
+        return self._ioctl(operation, known, _dmirror(known, args).make_exclusive, data=True)
+
+    def _check_exclusive(
+        self, operation: Operation, known: _Known, args: dict[str, Any]
+    ) -> dict[str, Any]:
+        return self._ioctl(operation, known, _dmirror(known, args).check_atomic)
+
     def _snapshot(
         self, operation: Operation, known: _Known, args: dict[str, Any]
     ) -> dict[str, Any]:
@@ -405,7 +423,7 @@ def check_supported(operation: Operation) -> None:
     args = operation.args
     missing = not hasattr(Session, f"_{operation.verb}")
     missing |= operation.verb == "mmap" and args["kind"] not in KINDS
-    missing |= operation.verb == "madvise" and args["advice"] != "dontneed"
+    missing |= operation.verb == "madvise" and args["advice"] not in ADVICE
     missing |= operation.verb == "open" and args["unit"] not in PRIVATE_UNITS
     if missing:
         raise UnsupportedError(f"the model does not have {operation.text!r} yet")

@@ -50,6 +50,7 @@ __all__ = [
     "SWP_DEVICE_EXCLUSIVE_WRITE",
     "SWP_DEVICE_READ",
     "SWP_DEVICE_WRITE",
+    "SWP_EXCLUSIVE",
     "SWP_MIGRATION_READ",
     "SWP_MIGRATION_READ_EXCLUSIVE",
     "SWP_MIGRATION_WRITE",
@@ -65,10 +66,12 @@ __all__ = [
     "device_word",
     "has_pfn",
     "hmm_pfn_to_pfn",
+    "is_device_exclusive",
     "is_device_private",
     "is_migration",
     "is_present",
     "is_swap_type",
+    "is_swapped",
     "migrate_pfn",
     "migrate_pfn_to_pfn",
     "pfn_of",
@@ -112,6 +115,7 @@ SWP_DEVICE_EXCLUSIVE_WRITE = 28
 SWP_DEVICE_EXCLUSIVE_READ = 29
 
 SWP_SOFT_DIRTY = 1 << 1
+SWP_EXCLUSIVE = 1 << 3
 
 _TYPE_SHIFT = 59
 _OFFSET_SHIFT = 9
@@ -205,6 +209,17 @@ def is_migration(words: Words) -> Bools:
     """Whether a swap-type word is a migration entry of any kind."""
     kind = swap_type(words)
     return (kind >= SWP_MIGRATION_READ) & (kind <= SWP_MIGRATION_WRITE)
+
+
+def is_device_exclusive(words: Words) -> Bools:
+    """Whether a swap-type word names a page that a device has to itself, writable or not."""
+    kind = swap_type(words)
+    return (kind == SWP_DEVICE_EXCLUSIVE_WRITE) | (kind == SWP_DEVICE_EXCLUSIVE_READ)
+
+
+def is_swapped(words: Words) -> Bools:
+    """Whether a swap-type word names a slot of a swap device."""
+    return is_swap_type(words) & (swap_type(words) < SWP_MIGRATION_READ)
 
 
 def has_pfn(words: Words) -> Bools:

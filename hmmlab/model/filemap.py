@@ -2,7 +2,7 @@
 
 Every file is one in memory (tmpfs), and so is the memory behind MAP_SHARED | MAP_ANONYMOUS. The
 cache of a file is a run of rows of the ``cache.page`` column, one a page: 0 where there is none,
-the frame where there is one.
+the frame where there is one, minus the slot where the page is in swap.
 
 Source: mm/filemap.c, mm/shmem.c.
 """
@@ -13,15 +13,42 @@ import numpy as np
 
 from hmmlab.model.entry import Pfns, Words
 from hmmlab.model.machine import Machine
-from hmmlab.model.page import PG_DIRTY, PG_LRU, alloc_pages, as_rows, put_page, set_flags
+from hmmlab.model.page import (
+    PG_DIRTY,
+    PG_LRU,
+    PG_SWAPBACKED,
+    alloc_pages,
+    as_rows,
+    get_page,
+    put_page,
+    set_flags,
+)
 from hmmlab.model.state import Rows, State
+from hmmlab.model.swap import (
+    delete_from_swap_cache,
+    free_swap_and_cache,
+    note_swap_cache_hits,
+    swap_cluster_readahead,
+    swap_duplicate,
+    swap_free,
+)
 
-__all__ = ["cache_rows", "cached", "get_file", "new_file", "put_file", "read_pages"]
+__all__ = [
+    "cache_rows",
+    "cached",
+    "drop_from_cache",
+    "get_file",
+    "new_file",
+    "punch_hole",
+    "put_file",
+    "read_pages",
+    "swap_out_of_cache",
+]
 
 Machine.declare("file.pages", np.int64, "pages of the file; 0 is a free row")
 Machine.declare("file.first", np.int64, "row of its first page in cache.page")
 Machine.declare("file.users", np.int32, "mappings and descriptors of the file")
-Machine.declare("cache.page", np.int64, "frame of a file's page; 0 for none")
+Machine.declare("cache.page", np.int64, "frame of a file's page, or minus its slot of swap")
 Machine.declare("cache.used", np.int64, "rows of cache.page given to files so far")
 
 
@@ -58,12 +85,18 @@ def put_file(machine: Machine, file: int) -> None:
     machine.add("file.users", file, -1)
     if machine["file.users"][file]:
         return
-    rows = cache_rows(machine, file, np.arange(int(machine["file.pages"][file])))
+    punch_hole(machine, file, 0, int(machine["file.pages"][file]))
+    machine.write("file.pages", file, 0)
+    machine.write("file.first", file, 0)
+
+
+def punch_hole(machine: Machine, file: int, start: int, stop: int) -> None:
+    """Let pages ``start`` to ``stop - 1`` of a file be a hole; nobody maps them."""
+    rows = cache_rows(machine, file, np.arange(start, stop))
     pfns = np.array(machine["cache.page"][rows])
     machine.write("cache.page", rows, 0)
     put_page(machine, pfns[pfns > 0])
-    machine.write("file.pages", file, 0)
-    machine.write("file.first", file, 0)
+    free_swap_and_cache(machine, -pfns[pfns < 0])
 
 
 def cache_rows(state: State, file: int, pages: Pfns) -> Rows:
@@ -79,12 +112,64 @@ def cached(state: State, file: int, pages: Pfns) -> Pfns:
 def read_pages(machine: Machine, file: int, pages: Pfns) -> Pfns:
     """Frames of pages of a file; a hole gets frames of zeros (``shmem_fault``)."""
     pfns = cached(machine, file, pages)
+    swapped = pfns < 0
+    if swapped.any():
+        pfns[swapped] = _swap_in(machine, file, pages[swapped], -pfns[swapped])
     missing = pfns == 0
     if missing.any():
         new = alloc_pages(machine, int(missing.sum()))
         pfns[missing] = new
         machine.write("page.mapping", as_rows(new), file)
         machine.write("page.index", as_rows(new), pages[missing])
-        set_flags(machine, new, PG_LRU)
+        set_flags(machine, new, PG_LRU | PG_SWAPBACKED)
         machine.write("cache.page", cache_rows(machine, file, pages[missing]), new)
+    return pfns
+
+
+# --- swap -----------------------------------------------------------------------------------------
+
+
+def _rows_of_frames(state: State, pfns: Pfns) -> Pfns:
+    """Row of ``cache.page`` for each frame of some files."""
+    return state["file.first"][state["page.mapping"][pfns]] + state["page.index"][pfns]
+
+
+def drop_from_cache(machine: Machine, pfns: Pfns) -> None:
+    """Forget clean frames of files: what they hold is a hole, which zeros are."""
+    if pfns.size:
+        machine.write("cache.page", _rows_of_frames(machine, pfns), 0)
+        put_page(machine, pfns)
+
+
+def swap_out_of_cache(machine: Machine, pfns: Pfns, slots: Pfns) -> None:
+    """Let files find the content of frames in ``slots`` from now on (``shmem_writepage``)."""
+    machine.write("cache.page", _rows_of_frames(machine, pfns), -slots)
+    machine.write("page.mapping", as_rows(pfns), 0)
+    swap_duplicate(machine, slots)
+    put_page(machine, pfns)
+
+
+def _swap_in(machine: Machine, file: int, pages: Pfns, slots: Pfns) -> Pfns:
+    """Bring pages of a file back from swap, and return their frames (``shmem_swapin_folio``).
+
+    Whether a page must be read depends on what was read before it, and how far to read ahead
+    depends on how many of those were used: so reads follow one another.
+    """
+    at = 0
+    while at < slots.size:
+        there = machine["swap.cache"][slots[at:]] > 0
+        hits = int(np.argmin(there)) if not there.all() else there.size
+        note_swap_cache_hits(machine, machine["swap.cache"][slots[at : at + hits]])
+        at += hits
+        if at < slots.size:
+            swap_cluster_readahead(machine, int(slots[at]))
+            at += 1
+    pfns = machine["swap.cache"][slots]
+    get_page(machine, pfns)
+    machine.write("cache.page", cache_rows(machine, file, pages), pfns)
+    machine.write("page.mapping", as_rows(pfns), file)
+    machine.write("page.index", as_rows(pfns), pages)
+    delete_from_swap_cache(machine, pfns)
+    set_flags(machine, pfns, PG_DIRTY)
+    swap_free(machine, slots)
     return pfns

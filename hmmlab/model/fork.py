@@ -16,12 +16,14 @@ from hmmlab.model.entry import (
     SPECIAL,
     SWP_DEVICE_READ,
     SWP_DEVICE_WRITE,
+    SWP_EXCLUSIVE,
     Bools,
     Pfns,
     Words,
     is_device_private,
     is_present,
     is_swap_type,
+    is_swapped,
     pfn_of,
     present_word,
     swap_offset,
@@ -29,6 +31,7 @@ from hmmlab.model.entry import (
     swap_type,
     swap_word,
 )
+from hmmlab.model.exclusive import restore_exclusive_ptes
 from hmmlab.model.machine import Machine, Routine, kernel
 from hmmlab.model.mm_types import (
     VM_DONTCOPY,
@@ -45,7 +48,7 @@ from hmmlab.model.mm_types import (
     mm_lock,
     mm_root,
     new_mm,
-    new_vma,
+    vm_area_dup,
     vm_page_prot,
     vma_at,
     vmas_of,
@@ -68,6 +71,7 @@ from hmmlab.model.page import (
 )
 from hmmlab.model.page_table import alloc_tables, rows_of, walk
 from hmmlab.model.rmap import page_add_new_anon_rmap, page_dup_rmap
+from hmmlab.model.swap import swap_duplicate
 
 __all__ = ["dup_mmap"]
 
@@ -84,8 +88,8 @@ def dup_mmap(machine: Machine, oldmm: int, name: str) -> Routine[int]:
         for vma in vmas_of(machine, oldmm):
             if vma.flags & VM_DONTCOPY:
                 continue
-            flags = vma.flags & ~VM_LOCKED
-            child = new_vma(machine, mm, vma.start, vma.end, flags, vma.pgoff, vma.file)
+            child = vm_area_dup(machine, vma, mm, vma.start, vma.end, vma.pgoff)
+            machine.write("vma.flags", child.row, vma.flags & ~VM_LOCKED)
             if vma.file:
                 insert_after(machine, child, vma)
             if not vma.flags & VM_WIPEONFORK:
@@ -132,6 +136,7 @@ def _copy_words(
     machine: Machine, child: Vma, vma: Vma, vpns: NDArray[np.int64], rows: NDArray[np.int64]
 ) -> None:
     """Copy the words of ``vpns``, none of them empty, which are in ``rows`` of the parent."""
+    restore_exclusive_ptes(machine, vma, vpns, rows)
     words = machine["pte"][rows]
     if is_cow_mapping(vma.flags):
         words = _write_protected(words)
@@ -142,6 +147,11 @@ def _copy_words(
     pfns = np.where(present, pfn_of(words), swap_offset_pfn(words))
     pinned = _must_copy(machine, pfns, normal)
     shared = (normal | private) & ~pinned
+    swapped = is_swapped(words)
+    if swapped.any():
+        words[swapped] &= np.uint64(~SWP_EXCLUSIVE & _ALL)
+        copies[swapped] = words[swapped]
+        swap_duplicate(machine, swap_offset(words[swapped]))
     get_page(machine, pfns[shared])
     page_dup_rmap(machine, pfns[shared])
     clean = DIRTY if vma.flags & VM_SHARED else 0

@@ -5,43 +5,122 @@ Source: mm/madvise.c.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import numpy as np
+
+from hmmlab.model.access import check_vma_flags, faultin
+from hmmlab.model.entry import (
+    ACCESSED,
+    DIRTY,
+    SPECIAL,
+    Words,
+    is_present,
+    is_swapped,
+    pfn_of,
+    swap_offset,
+)
+from hmmlab.model.filemap import punch_hole
 from hmmlab.model.machine import KernelError, Machine, Routine, kernel
 from hmmlab.model.memory import unmap_page_range
-from hmmlab.model.mm_types import Vma, mm_lock, vmas_in
+from hmmlab.model.mm_types import (
+    VM_DONTCOPY,
+    VM_HUGEPAGE,
+    VM_HUGETLB,
+    VM_LOCKED,
+    VM_NOHUGEPAGE,
+    VM_PFNMAP,
+    VM_SHARED,
+    VM_WIPEONFORK,
+    VM_WRITE,
+    Vma,
+    find_vma,
+    find_vma_prev,
+    find_vmas_of_file,
+    mm_lock,
+    mm_root,
+    vma_at,
+)
+from hmmlab.model.mmap import change_vma_flags
 from hmmlab.model.mmu_notifier import (
     Event,
     MmuNotifierRange,
     invalidate_range_end,
     invalidate_range_start,
 )
+from hmmlab.model.page import (
+    PG_ANON,
+    PG_DIRTY,
+    PG_LRU,
+    PG_SWAPBACKED,
+    as_rows,
+    is_zone_device,
+    page_rows,
+    set_flags,
+)
+from hmmlab.model.page_table import walk
+from hmmlab.model.swap import folio_free_swap, free_swap_and_cache
+from hmmlab.model.vmscan import reclaim_pages
 
-__all__ = ["sys_madvise_dontneed"]
+__all__ = ["ADVICE", "sys_madvise"]
 
-_ENOMEM = 12
+_ENOMEM, _EACCES, _EINVAL = 12, 13, 22
+
+#: Advice on a part of one mapping: returns the mapping that holds the part then.
+Visit = Callable[[Machine, Vma, Vma | None, int, int], Routine[Vma]]
 
 
 @kernel("mm/madvise.c", "__x64_sys_madvise")
-def sys_madvise_dontneed(machine: Machine, mm: int, start: int, stop: int) -> Routine[None]:
-    """Throw the pages away and keep the mapping (MADV_DONTNEED).
+def sys_madvise(machine: Machine, mm: int, start: int, stop: int, advice: str) -> Routine[None]:
+    """Follow ``advice``, one of :data:`ADVICE`, for pages ``start`` to ``stop - 1``.
 
     Raises
     ------
     KernelError
-        ENOMEM when part of the range is not mapped; the rest has been emptied all the same.
+        ENOMEM when part of the range is not mapped; the rest has been done all the same. EINVAL or
+        EACCES at the first mapping that the advice does not suit.
     """
+    visit = _VISITS[advice]
     lock = mm_lock(machine, mm)
-    yield from machine.down_read(lock)
+    write = advice in _CHANGES
+    yield from machine.down_write(lock) if write else machine.down_read(lock)
     try:
-        at = start
-        for vma in list(vmas_in(machine, mm, start, stop)):
-            yield from zap_page_range_single(
-                machine, vma, max(vma.start, start), min(vma.end, stop)
-            )
-            at = vma.end if vma.start <= at else at
-        if at < stop:
-            raise KernelError(_ENOMEM, f"{machine.names.place(mm, at, stop)}: not all mapped")
+        yield from _walk_vmas(machine, mm, start, stop, visit)
     finally:
-        machine.up_read(lock)
+        (machine.up_write if write else machine.up_read)(lock)
+
+
+def _walk_vmas(machine: Machine, mm: int, start: int, stop: int, visit: Visit) -> Routine[None]:
+    at, all_mapped = start, True
+    vma, prev = find_vma_prev(machine, mm, start)
+    if vma and vma.start < start:
+        prev = vma
+    while at < stop:
+        if vma is None or vma.start > at:
+            all_mapped = False
+            at = vma.start if vma else stop
+            continue
+        end = min(vma.end, stop)
+        prev = yield from visit(machine, vma, prev, at, end)
+        at = max(end, prev.end)
+        vma = find_vma(machine, mm, prev.end)
+    if not all_mapped:
+        raise KernelError(_ENOMEM, f"{machine.names.place(mm, start, stop)}: not all mapped")
+
+
+def _refuse(machine: Machine, vma: Vma, start: int, errno: int, why: str) -> KernelError:
+    place = machine.names.place(vma.mm, start, start + 1)
+    return KernelError(errno, f"{place}: {why}")
+
+
+# --- throwing away --------------------------------------------------------------------------------
+
+
+def _dontneed(machine: Machine, vma: Vma, prev: Vma | None, start: int, stop: int) -> Routine[Vma]:
+    if vma.flags & (VM_LOCKED | VM_PFNMAP):
+        raise _refuse(machine, vma, start, _EINVAL, "the pages are locked")
+    yield from zap_page_range_single(machine, vma, start, stop)
+    return vma
 
 
 @kernel("mm/memory.c")
@@ -52,3 +131,158 @@ def zap_page_range_single(machine: Machine, vma: Vma, start: int, stop: int) -> 
     yield from invalidate_range_start(machine, range)
     yield from unmap_page_range(machine, vma, start, stop)
     yield from invalidate_range_end(machine, range)
+
+
+def _free(machine: Machine, vma: Vma, prev: Vma | None, start: int, stop: int) -> Routine[Vma]:
+    """The pages may be taken without being saved, unless they are written before that."""
+    if vma.flags & (VM_LOCKED | VM_PFNMAP | VM_HUGETLB) or not vma.is_anonymous:
+        raise _refuse(machine, vma, start, _EINVAL, "only private anonymous memory can be freed")
+    range = MmuNotifierRange.one(vma.mm, Event.CLEAR, start, stop, vma=vma.row)
+    yield from invalidate_range_start(machine, range)
+    for run in walk(machine, mm_root(machine, vma.mm), start, stop):
+        if run.row >= 0:
+            _free_words(machine, run.row, run.stop - run.start)
+    yield machine.step("{range} may be freed whenever memory runs short.", vma.mm, start, stop)
+    yield from invalidate_range_end(machine, range)
+    return vma
+
+
+def _free_words(machine: Machine, row: int, pages: int) -> None:
+    rows = np.arange(row, row + pages)
+    words = machine["pte"][row : row + pages].copy()
+    swapped = is_swapped(words)
+    if swapped.any():
+        machine.write("pte", rows[swapped], 0)
+        free_swap_and_cache(machine, swap_offset(words[swapped]))
+    rows, words, pfns = _small_pages(machine, rows, words)
+    frames = page_rows(machine, pfns)
+    flags = machine["page.flags"][frames]
+    kept = (machine["page.swap"][frames] != 0) | ((flags & PG_DIRTY) != 0)
+    once = machine["page.mapcount"][frames] == 1
+    folio_free_swap(machine, np.unique(pfns[kept & once]))
+    in_swap = machine["page.swap"][frames] != 0
+    given_up = ~kept | (once & ~in_swap)
+    if (kept & given_up).any():
+        set_flags(machine, pfns[kept & given_up], off=PG_DIRTY)
+    rows, words, pfns, flags = rows[given_up], words[given_up], pfns[given_up], flags[given_up]
+    machine.write("pte", as_rows(rows), words & np.uint64(~(ACCESSED | DIRTY) & _ALL))
+    lazy = (flags & (PG_ANON | PG_SWAPBACKED | PG_LRU)) == (PG_ANON | PG_SWAPBACKED | PG_LRU)
+    if lazy.any():
+        set_flags(machine, np.unique(pfns[lazy]), off=PG_SWAPBACKED)
+
+
+_ALL = (1 << 64) - 1
+
+
+def _small_pages(
+    machine: Machine, rows: np.ndarray, words: Words
+) -> tuple[np.ndarray, Words, np.ndarray]:
+    """Rows, words and frames of the pages of RAM among some words."""
+    normal = is_present(words) & ((words & SPECIAL) == 0)
+    normal &= ~is_zone_device(machine, np.where(normal, pfn_of(words), 0))
+    return rows[normal], words[normal], pfn_of(words[normal])
+
+
+def _remove(machine: Machine, vma: Vma, prev: Vma | None, start: int, stop: int) -> Routine[Vma]:
+    """Punch a hole into the file that is mapped, for all who map it."""
+    if not vma.file or vma.flags & VM_LOCKED:
+        raise _refuse(machine, vma, start, _EINVAL, "no file is mapped there")
+    if vma.flags & (VM_SHARED | VM_WRITE) != VM_SHARED | VM_WRITE:
+        raise _refuse(machine, vma, start, _EACCES, "the mapping is no shared writable one")
+    first, last = vma.pgoff_of(start), vma.pgoff_of(stop)
+    for row in find_vmas_of_file(machine, vma.file):
+        other = vma_at(machine, row)
+        low = max(other.start, other.start + first - other.pgoff)
+        high = min(other.end, other.start + last - other.pgoff)
+        if low < high:
+            range = MmuNotifierRange.one(other.mm, Event.CLEAR, low, high, vma=row)
+            yield from invalidate_range_start(machine, range)
+            yield from unmap_page_range(machine, other, low, high, even_cows=False)
+            yield from invalidate_range_end(machine, range)
+    punch_hole(machine, vma.file, first, last)
+    yield machine.step("{range} is a hole of the file now.", vma.mm, start, stop)
+    return vma
+
+
+# --- pages on their way out -----------------------------------------------------------------------
+
+
+def _pageout(machine: Machine, vma: Vma, prev: Vma | None, start: int, stop: int) -> Routine[Vma]:
+    """Reclaim pages that nobody else maps, table by table."""
+    yield from _age(machine, vma, start, stop, reclaim=True)
+    return vma
+
+
+def _cold(machine: Machine, vma: Vma, prev: Vma | None, start: int, stop: int) -> Routine[Vma]:
+    """Let pages that nobody else maps look old."""
+    yield from _age(machine, vma, start, stop, reclaim=False)
+    return vma
+
+
+def _age(machine: Machine, vma: Vma, start: int, stop: int, *, reclaim: bool) -> Routine[None]:
+    if vma.flags & (VM_LOCKED | VM_PFNMAP | VM_HUGETLB):
+        raise _refuse(machine, vma, start, _EINVAL, "the pages are locked or special")
+    for run in list(walk(machine, mm_root(machine, vma.mm), start, stop)):
+        if run.row < 0:
+            continue
+        rows = np.arange(run.row, run.row + run.stop - run.start)
+        rows, words, pfns = _small_pages(machine, rows, machine["pte"][rows])
+        frames = page_rows(machine, pfns)
+        mine = (machine["page.mapcount"][frames] == 1) & (
+            (machine["page.flags"][frames] & PG_LRU) != 0
+        )
+        rows, words, pfns = rows[mine], words[mine], pfns[mine]
+        machine.write("pte", as_rows(rows), words & np.uint64(~ACCESSED & _ALL))
+        if reclaim and pfns.size:
+            yield from reclaim_pages(machine, pfns)
+    yield machine.step("{range} looks old now.", vma.mm, start, stop)
+
+
+# --- pages on their way in ------------------------------------------------------------------------
+
+
+def _populate(write: bool) -> Visit:
+    def populate(
+        machine: Machine, vma: Vma, prev: Vma | None, start: int, stop: int
+    ) -> Routine[Vma]:
+        if not check_vma_flags(vma, write):
+            raise _refuse(machine, vma, start, _EINVAL, f"the mapping is {vma.permissions}")
+        yield from faultin(machine, vma, start, stop, write)
+        return vma_at(machine, vma.row)
+
+    return populate
+
+
+# --- marks on the mapping -------------------------------------------------------------------------
+
+
+def _set(on: int, off: int = 0, *, only_anonymous: bool = False) -> Visit:
+    def mark(machine: Machine, vma: Vma, prev: Vma | None, start: int, stop: int) -> Routine[Vma]:
+        if only_anonymous and (vma.file or vma.flags & VM_SHARED):
+            raise _refuse(machine, vma, start, _EINVAL, "it is no private anonymous memory")
+        flags = vma.flags & ~off | on
+        vma = yield from change_vma_flags(machine, vma, prev, start, stop, flags)
+        yield machine.step("{range}: the mapping is marked.", vma.mm, start, stop)
+        return vma
+
+    return mark
+
+
+_VISITS: dict[str, Visit] = {
+    "dontneed": _dontneed,
+    "free": _free,
+    "remove": _remove,
+    "pageout": _pageout,
+    "cold": _cold,
+    "populate_read": _populate(write=False),
+    "populate_write": _populate(write=True),
+    "hugepage": _set(VM_HUGEPAGE, VM_NOHUGEPAGE),
+    "nohugepage": _set(VM_NOHUGEPAGE, VM_HUGEPAGE),
+    "wipeonfork": _set(VM_WIPEONFORK, only_anonymous=True),
+    "dontfork": _set(VM_DONTCOPY),
+}
+
+_CHANGES = ("hugepage", "nohugepage", "wipeonfork", "dontfork")
+
+#: All advice there is.
+ADVICE = tuple(_VISITS)

@@ -1,10 +1,10 @@
-"""What a page fault does, what an access by the CPU does, and how a range is emptied.
+"""What a page fault does, and how a range is emptied.
 
 :func:`handle_mm_fault` takes the pages of one mapping in one call: as many as the caller's loop may
 take at once. Each page goes one of a few ways, and pages on different ways do not disturb each
 other, so the ways are taken one after another, each for all of its pages.
 
-Source: mm/memory.c, arch/x86/mm/fault.c.
+Source: mm/memory.c.
 """
 
 from __future__ import annotations
@@ -17,34 +17,35 @@ from numpy.typing import NDArray
 from hmmlab.model.entry import (
     ACCESSED,
     DIRTY,
-    PRESENT,
     RW,
     SOFT_DIRTY,
     SPECIAL,
-    Bools,
+    SWP_EXCLUSIVE,
+    SWP_SOFT_DIRTY,
     Pfns,
     Words,
+    is_device_exclusive,
     is_device_private,
     is_migration,
     is_present,
     is_swap_type,
+    is_swapped,
     pfn_of,
     present_word,
+    swap_offset,
     swap_offset_pfn,
 )
+from hmmlab.model.exclusive import remove_device_exclusive_entries
 from hmmlab.model.filemap import cached, read_pages
-from hmmlab.model.machine import KernelError, Machine, Routine, kernel
+from hmmlab.model.geometry import PMD_PAGES
+from hmmlab.model.machine import Machine, Routine, kernel
 from hmmlab.model.mm_types import (
-    VM_ACCESS_FLAGS,
     VM_SHARED,
     VM_WRITE,
     Vma,
     anon_vma_prepare,
-    mm_lock,
     mm_root,
     vm_page_prot,
-    vma_at,
-    vma_lookup,
 )
 from hmmlab.model.mmu_notifier import (
     Event,
@@ -57,6 +58,7 @@ from hmmlab.model.page import (
     PG_ANON_EXCLUSIVE,
     PG_DIRTY,
     PG_LRU,
+    PG_SWAPBACKED,
     ZERO_PFN,
     alloc_pages,
     as_rows,
@@ -68,18 +70,27 @@ from hmmlab.model.page import (
     set_flags,
 )
 from hmmlab.model.page_table import alloc_tables, read_range, rows_of, walk
-from hmmlab.model.rmap import page_add_file_rmap, page_add_new_anon_rmap, page_remove_rmap
+from hmmlab.model.rmap import (
+    page_add_anon_rmap,
+    page_add_file_rmap,
+    page_add_new_anon_rmap,
+    page_remove_rmap,
+)
 from hmmlab.model.state import Rows, row_numbers
+from hmmlab.model.swap import (
+    folio_free_swap,
+    free_swap_and_cache,
+    free_swap_cache,
+    note_swap_cache_hits,
+    swap_free,
+    swap_vma_window,
+    swapin_readahead,
+)
 
-__all__ = ["Faults", "do_user_addr_fault", "handle_mm_fault", "unmap_page_range", "user_access"]
-
-#: An access that still faults after so many tries would fault forever.
-_ENDLESS = 64
+__all__ = ["Faults", "fault_around_window", "handle_mm_fault", "unmap_page_range"]
 
 #: Pages of the aligned window in which a read fault of a file maps what is cached.
-_FAULT_AROUND = 16
-
-SIGSEGV, SIGBUS = 11, 7
+FAULT_AROUND = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +146,7 @@ def handle_mm_fault(
         yield from fill(machine, vma, vpns[empty], _some(rows, empty), write)
     if elsewhere.any():
         yield from do_swap_page(
-            machine, vma, vpns[elsewhere], _some(rows, elsewhere), words[elsewhere]
+            machine, vma, vpns[elsewhere], _some(rows, elsewhere), words[elsewhere], write
         )
     if shielded.any():
         yield from do_wp_page(machine, vma, vpns[shielded], _some(rows, shielded), words[shielded])
@@ -195,7 +206,7 @@ def do_fault(machine: Machine, vma: Vma, vpns: Pfns, rows: Rows, write: bool) ->
     pages = vma.pgoff_of(0) + vpns
     first, last = int(vpns[0]), int(vpns[-1]) + 1
     if not write:
-        _fault_around(machine, vma, vpns, pages)
+        _fault_around(machine, vma, vpns)
     pfns = read_pages(machine, vma.file, pages)
     prot = vm_page_prot(vma.flags)
     if write and not vma.flags & VM_SHARED:
@@ -217,23 +228,24 @@ def do_fault(machine: Machine, vma: Vma, vpns: Pfns, rows: Rows, write: bool) ->
     yield machine.step(f"First touch of {{range}} was {how}", vma.mm, first, last)
 
 
-def _faulting(machine: Machine, vma: Vma, vpns: Pfns, empty: Bools) -> Pfns:
-    """Those of ``vpns`` (int64, ascending) that fault when they are read one after another.
+def fault_around_window(vma: Vma, vpns: Pfns) -> tuple[Pfns, Pfns]:
+    """First page, and page past the last, that a read fault on each of ``vpns`` of a file maps.
 
-    The first ``empty`` page of a window brings those of its neighbours that the cache has.
+    Sixteen pages from an aligned one on, or from the mapping's first; no further than the mapping
+    and the page table go (``do_fault_around``).
     """
-    first = empty.copy()
-    window = vpns[empty] & -_FAULT_AROUND
-    first[empty] = np.diff(window, prepend=-1) != 0
-    there = cached(machine, vma.file, vma.pgoff_of(0) + vpns) > 0
-    return vpns[~(empty & ~first & there)]
+    low = np.maximum(vpns & -FAULT_AROUND, vma.start)
+    table = (low & -PMD_PAGES) + PMD_PAGES
+    return low, np.minimum(np.minimum(low + FAULT_AROUND, table), vma.end)
 
 
-def _fault_around(machine: Machine, vma: Vma, vpns: Pfns, pages: Pfns) -> None:
-    """Map what the cache has in the 16 pages around each of ``vpns`` (``filemap_map_pages``)."""
-    low = np.unique(vpns & -_FAULT_AROUND)
-    around = (low[:, None] + np.arange(_FAULT_AROUND)).ravel()
-    around = around[(around >= vma.start) & (around < vma.end) & ~np.isin(around, vpns)]
+def _fault_around(machine: Machine, vma: Vma, vpns: Pfns) -> None:
+    """Map what the cache has around each of ``vpns`` (``filemap_map_pages``)."""
+    low, high = fault_around_window(vma, vpns)
+    low, unique = np.unique(low, return_index=True)
+    around = (low[:, None] + np.arange(FAULT_AROUND)).ravel()
+    around = np.unique(around[around < np.repeat(high[unique], FAULT_AROUND)])
+    around = around[~np.isin(around, vpns)]
     frames = cached(machine, vma.file, vma.pgoff_of(0) + around)
     around, frames = around[frames > 0], frames[frames > 0]
     if not around.size:
@@ -259,7 +271,9 @@ def do_wp_page(machine: Machine, vma: Vma, vpns: Pfns, rows: Rows, words: Words)
     flags = machine["page.flags"][at]
     anon = normal & ((flags & PG_ANON) != 0)
     exclusive = anon & ((flags & PG_ANON_EXCLUSIVE) != 0)
-    alone = anon & ~exclusive & (machine["page.refcount"][at] == 1)
+    alone = anon & ~exclusive
+    _give_up_swap(machine, frames[alone])
+    alone &= machine["page.refcount"][at] == 1
     shared = normal & ~anon & bool(vma.flags & VM_SHARED)
     if shared.any():  # wp_page_shared
         set_flags(machine, frames[shared], PG_DIRTY)
@@ -283,18 +297,22 @@ def do_wp_page(machine: Machine, vma: Vma, vpns: Pfns, rows: Rows, words: Words)
         yield from wp_page_copy(machine, vma, vpns[copy], _some(rows, copy), words[copy])
 
 
+def _give_up_swap(machine: Machine, pfns: Pfns) -> None:
+    """Take frames out of the swap cache where only that and one mapping hold them."""
+    rows = page_rows(machine, pfns)
+    cached = machine["page.swap"][rows] != 0
+    folio_free_swap(machine, np.unique(pfns[cached & (machine["page.refcount"][rows] == 2)]))
+
+
 @kernel("mm/memory.c")
 def wp_page_copy(machine: Machine, vma: Vma, vpns: Pfns, rows: Rows, words: Words) -> Routine[None]:
     """Copy on write: each page gets a frame of its own, inside a CLEAR of that page."""
     vma = anon_vma_prepare(machine, vma)
     normal = (words & SPECIAL) == 0
     old = pfn_of(words)
+    at = page_rows(machine, old)
     new = alloc_pages(machine, vpns.size)
-    machine.write(
-        "page.content",
-        as_rows(page_rows(machine, new)),
-        machine["page.content"][page_rows(machine, old)],
-    )
+    machine.write("page.content", as_rows(page_rows(machine, new)), machine["page.content"][at])
     range = MmuNotifierRange.each(vma.mm, Event.CLEAR, vpns, vma=vma.row)
     yield from invalidate_range_start(machine, range)
     set_flags(machine, new, PG_LRU)
@@ -310,10 +328,13 @@ def wp_page_copy(machine: Machine, vma: Vma, vpns: Pfns, rows: Rows, words: Word
     )
     yield from invalidate_range_end(machine, range)
     put_page(machine, old[normal])
+    free_swap_cache(machine, np.unique(old[normal & (machine["page.swap"][at] != 0)]))
 
 
 @kernel("mm/memory.c")
-def do_swap_page(machine: Machine, vma: Vma, vpns: Pfns, rows: Rows, words: Words) -> Routine[None]:
+def do_swap_page(
+    machine: Machine, vma: Vma, vpns: Pfns, rows: Rows, words: Words, write: bool
+) -> Routine[None]:
     """A fault on entries that are neither empty nor present."""
     moving = is_migration(words)
     while moving.any():
@@ -326,6 +347,12 @@ def do_swap_page(machine: Machine, vma: Vma, vpns: Pfns, rows: Rows, words: Word
         )
         words = machine["pte"][rows].copy()
         moving = is_swap_type(words) & is_migration(words)
+    numbers = row_numbers(rows)
+    exclusive = is_swap_type(words) & is_device_exclusive(words)
+    if exclusive.any():
+        yield from remove_device_exclusive_entries(
+            machine, vma, vpns[exclusive], numbers[exclusive]
+        )
     private = is_swap_type(words) & is_device_private(words)
     if private.any():
         pfns = swap_offset_pfn(words[private])
@@ -336,101 +363,90 @@ def do_swap_page(machine: Machine, vma: Vma, vpns: Pfns, rows: Rows, words: Word
             ops = machine.objects["pagemap"][pagemap]
             yield from ops.migrate_to_ram(machine, vma, vpns[private][mine], pfns[mine])
             put_page(machine, pfns[mine])
+    swapped = is_swapped(words)
+    if swapped.any():
+        yield from _swap_in(machine, vma, vpns[swapped], numbers[swapped], words[swapped], write)
 
 
-# --- access by the CPU ----------------------------------------------------------------------------
+def _swap_in(
+    machine: Machine, vma: Vma, vpns: Pfns, rows: Pfns, words: Words, write: bool
+) -> Routine[None]:
+    """Map what is in swap, as far as one read from swap goes, and then as far as the next.
 
-
-def user_access(
-    machine: Machine, mm: int, start: int, stop: int, values: Words | None = None
-) -> Routine[Words]:
-    """The CPU reads, or writes where ``values`` is given, the first word of each page.
-
-    Parameters
-    ----------
-    values
-        uint64 of shape (stop - start,).
-
-    Returns
-    -------
-    uint64 of shape (stop - start,): what was read, or ``values``.
-
-    Raises
-    ------
-    KernelError
-        SIGSEGV at the first page that may not be accessed so; writes before it have happened.
+    A page must be read into the swap cache when others share its slot; how far such a read goes
+    ahead depends on what became of the reads before it, so they follow one another.
     """
-    data = np.zeros(stop - start, np.uint64) if values is None else values
-    for first, last in machine.chunks(start, stop):
-        with machine.bulk(last - first):
-            at = first
-            while at < last:  # over mappings
-                vma = vma_lookup(machine, mm, at)
-                if vma is None or not _may_access(vma, write=values is not None):
-                    why = "no mapping" if vma is None else f"the mapping is {vma.permissions}"
-                    place = machine.names.place(mm, at, at + 1)
-                    raise KernelError(0, f"{place}: {why}", signal=SIGSEGV)
-                end = min(last, vma.end)
-                part = slice(at - start, end - start)
-                new = None if values is None else values[part]
-                data[part] = yield from _access_in_vma(machine, vma, at, end, new)
-                at = end
-    return data
+    at = 0
+    while at < vpns.size:
+        slots = swap_offset(words[at:])
+        shared = (machine["swap.count"][slots] > 1) & (machine["swap.cache"][slots] == 0)
+        ready = int(np.argmax(shared)) if shared.any() else slots.size
+        if ready:
+            part = slice(at, at + ready)
+            hits = machine["swap.cache"][slots[:ready]]
+            if hits.any():
+                last = int(vpns[part][hits > 0][-1])
+                note_swap_cache_hits(machine, hits[hits > 0], vma.row, last)
+            yield from _map_swapped(machine, vma, vpns[part], rows[part], words[part], write)
+        else:
+            low, high = swap_vma_window(machine, vma.row, int(vpns[at]))
+            around = read_range(machine, mm_root(machine, vma.mm), low, high)
+            ahead = swap_offset(around[is_swapped(around)])
+            swapin_readahead(machine, np.append(ahead, slots[0]), int(slots[0]))
+            part = slice(at, at + 1)
+            yield from _map_swapped(machine, vma, vpns[part], rows[part], words[part], write)
+        at = part.stop
 
 
-def _may_access(vma: Vma, *, write: bool) -> bool:
-    """Whether a fault may go on (``access_error`` of x86: any permission lets one read)."""
-    return bool(vma.flags & (VM_WRITE if write else VM_ACCESS_FLAGS))
-
-
-def _access_in_vma(
-    machine: Machine, vma: Vma, start: int, stop: int, values: Words | None
-) -> Routine[Words]:
-    root = mm_root(machine, vma.mm)
-    wanted = PRESENT if values is None else PRESENT | RW
-    for _ in range(_ENDLESS):
-        words = read_range(machine, root, start, stop)
-        lacking = (words & wanted) != wanted
-        if not lacking.any():
-            break
-        vpns = start + np.flatnonzero(lacking)
-        if values is None and vma.file:
-            vpns = _faulting(machine, vma, vpns, words[lacking] == 0)
-        yield from do_user_addr_fault(machine, vma, vpns, values is not None)
-    else:
-        raise KernelError(0, f"the access to page {start:#x} faults forever", signal=SIGBUS)
-    marks = np.uint64(ACCESSED if values is None else ACCESSED | DIRTY)
-    if ((words & marks) != marks).any():  # the CPU's page walker does this, without the kernel
-        machine.write("pte", rows_of(machine, root, np.arange(start, stop)), words | marks)
-    frames = as_rows(page_rows(machine, pfn_of(words)))
-    if values is not None:
-        machine.write("page.content", frames, values)
-    done = "reads" if values is None else "writes"
-    yield machine.step(f"The CPU {done} {{range}}.", vma.mm, start, stop)
-    return machine["page.content"][frames] if values is None else values
-
-
-@kernel("arch/x86/mm/fault.c")
-def do_user_addr_fault(machine: Machine, vma: Vma, vpns: Pfns, write: bool) -> Routine[None]:
-    """A fault of the CPU: handle it under the mmap_lock. The caller has checked the mapping."""
-    lock = mm_lock(machine, vma.mm)
-    yield from machine.down_read(lock)
-    try:
-        yield from handle_mm_fault(machine, vma_at(machine, vma.row), vpns, write)
-    finally:
-        machine.up_read(lock)
+def _map_swapped(
+    machine: Machine, vma: Vma, vpns: Pfns, rows: Pfns, words: Words, write: bool
+) -> Routine[None]:
+    """Map pages from the swap cache, or read them into frames of their own."""
+    slots = swap_offset(words)
+    pfns = machine["swap.cache"][slots]
+    fresh = pfns == 0
+    if fresh.any():
+        new = alloc_pages(machine, int(fresh.sum()))
+        machine.write("page.content", as_rows(new), machine["swap.content"][slots[fresh]])
+        set_flags(machine, new, PG_LRU | PG_SWAPBACKED)
+        pfns[fresh] = new
+    get_page(machine, pfns[~fresh])  # the mapping's; a fresh frame has it from the start
+    swap_free(machine, slots)
+    if write:
+        _give_up_swap(machine, pfns)
+    alone = fresh | ((words & SWP_EXCLUSIVE) != 0) | (machine["page.refcount"][pfns] == 1)
+    mapped = present_word(pfns, vm_page_prot(vma.flags))
+    mapped |= np.where((words & SWP_SOFT_DIRTY) != 0, np.uint64(SOFT_DIRTY), np.uint64(0))
+    if write:
+        marks = DIRTY | SOFT_DIRTY | (RW if vma.flags & VM_WRITE else 0)
+        mapped |= np.where(alone, np.uint64(marks), np.uint64(0))
+    page_add_anon_rmap(machine, pfns, vma, vpns, alone)
+    machine.write("pte", as_rows(rows), mapped)
+    yield machine.step("{range} comes back from swap.", vma.mm, int(vpns[0]), int(vpns[-1]) + 1)
+    if write and not alone.all():
+        yield from do_wp_page(machine, vma, vpns[~alone], as_rows(rows[~alone]), mapped[~alone])
 
 
 # --- zap ------------------------------------------------------------------------------------------
 
 
 @kernel("mm/memory.c")
-def unmap_page_range(machine: Machine, vma: Vma, start: int, stop: int) -> Routine[None]:
-    """Empty the words of pages ``start`` to ``stop - 1`` and drop what they referred to."""
+def unmap_page_range(
+    machine: Machine, vma: Vma, start: int, stop: int, *, even_cows: bool = True
+) -> Routine[None]:
+    """Empty the words of pages ``start`` to ``stop - 1`` and drop what they referred to.
+
+    Without ``even_cows``, pages of a file go and private copies of them stay.
+    """
     for run in walk(machine, mm_root(machine, vma.mm), start, stop):
         if run.row < 0:
             continue
-        used = np.flatnonzero(machine["pte"][run.row : run.row + run.stop - run.start])
+        words = machine["pte"][run.row : run.row + run.stop - run.start]
+        used = np.flatnonzero(words)
+        if not even_cows:
+            frames = page_rows(machine, np.where(is_present(words), pfn_of(words), 0))
+            anon = (machine["page.flags"][frames] & PG_ANON) != 0
+            used = np.flatnonzero((words != 0) & is_present(words) & ~anon)
         for first, last in machine.chunks(0, used.size):
             yield from _zap(machine, vma, run.row, run.start, used[first:last])
 
@@ -444,6 +460,7 @@ def _zap(
     present = is_present(words)
     normal = present & ((words & SPECIAL) == 0)
     private = ~present & is_device_private(words)
+    exclusive = ~present & is_device_exclusive(words)
     machine.write("pte", rows, 0)
     held = normal | private
     dirty = pfn_of(words[normal & ((words & DIRTY) != 0)])
@@ -451,7 +468,14 @@ def _zap(
     if dirty.size:
         set_flags(machine, np.unique(dirty), PG_DIRTY)
     pfns = np.where(present, pfn_of(words), swap_offset_pfn(words))[held]
+    cached = np.unique(pfns[machine["page.swap"][page_rows(machine, pfns)] != 0])
     page_remove_rmap(machine, pfns)
     put_page(machine, pfns)
+    if exclusive.any():  # mapped nowhere, but held
+        put_page(machine, swap_offset_pfn(words[exclusive]))
+    free_swap_cache(machine, cached)
+    swapped = is_swapped(words)
+    if swapped.any():
+        free_swap_and_cache(machine, swap_offset(words[swapped]))
     first, last = start + int(used[0]), start + int(used[-1]) + 1
     yield machine.step("{range}: no longer mapped.", vma.mm, first, last)

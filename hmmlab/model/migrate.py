@@ -564,10 +564,11 @@ def remove_migration_ptes(machine: Machine, old: Pfns, new: Pfns) -> None:
     for vma_row in np.unique(found.vma).tolist():
         mine = found.vma == vma_row
         frames = new[found.which[mine]]
-        _thaw(machine, vma_at(machine, vma_row), found.row[mine], entries[mine], frames)
+        vma, place = vma_at(machine, vma_row), found.only(mine)
+        _thaw(machine, vma, place.vpn, place.row, entries[mine], frames)
 
 
-def _thaw(machine: Machine, vma: Vma, rows: Pfns, entries: Words, pfns: Pfns) -> None:
+def _thaw(machine: Machine, vma: Vma, vpns: Pfns, rows: Pfns, entries: Words, pfns: Pfns) -> None:
     offsets, kind = swap_offset(entries), swap_type(entries)
     exclusive = kind != SWP_MIGRATION_READ
     writable = (kind == SWP_MIGRATION_WRITE) & bool(vma.flags & VM_WRITE)
@@ -584,7 +585,7 @@ def _thaw(machine: Machine, vma: Vma, rows: Pfns, entries: Words, pfns: Pfns) ->
     get_page(machine, pfns)
     anon = (frame_flags & PG_ANON) != 0
     if anon.any():
-        page_add_anon_rmap(machine, pfns[anon], exclusive[anon])
+        page_add_anon_rmap(machine, pfns[anon], vma, vpns[anon], exclusive[anon])
     if not anon.all():
         page_add_file_rmap(machine, pfns[~anon])
     machine.write("pte", as_rows(rows), np.where(is_zone_device(machine, pfns), device, words))

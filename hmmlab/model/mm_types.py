@@ -66,6 +66,8 @@ __all__ = [
     "new_mm",
     "new_vma",
     "remove_vma",
+    "root_anon_vma",
+    "vm_area_dup",
     "vm_page_prot",
     "vma_at",
     "vma_lookup",
@@ -118,6 +120,9 @@ Machine.declare("vma.pgoff", np.int64, "offset of the first page in what is mapp
 Machine.declare("vma.anon_vma", np.int32, "anon_vma of the mapping; 0 before its first own page")
 Machine.declare("vma.file", np.int32, "file that is mapped; 0 for anonymous memory")
 Machine.declare("vma.order", np.int64, "place among the mappings of a file that begin alike")
+Machine.declare("vma.ra_page", np.int64, "page of the last read from swap for the mapping")
+Machine.declare("vma.ra_window", np.int64, "pages that were read then")
+Machine.declare("vma.ra_hits", np.int64, "pages found in the swap cache since, read ahead in time")
 Machine.declare("avc.vma", np.int32, "a mapping that belongs to an anon_vma; 0 is a free row")
 Machine.declare("avc.anon_vma", np.int32, "the anon_vma it belongs to")
 Machine.declare("avc.age", np.int64, "place in the mapping's own list, oldest first")
@@ -127,6 +132,9 @@ Machine.declare("anon_vma.parent", np.int32, "the one it was forked from; itself
 Machine.declare("anon_vma.children", np.int32, "anon_vmas forked from it, a root being its own")
 Machine.declare("anon_vma.active", np.int32, "mappings whose own anon_vma it is")
 Machine.declare("order.next", np.int64, "what the next place in an order is called")
+
+
+_HISTORY = ("vma.ra_page", "vma.ra_window", "vma.ra_hits")
 
 
 class Vma(NamedTuple):
@@ -218,14 +226,15 @@ def flags_of_prot(prot: str) -> int:
 def vm_page_prot(flags: int) -> int:
     """Bits of a new word in a mapping with ``flags`` (``vm_get_page_prot``).
 
-    A private mapping's words are never born writable: the first write must be seen.
+    A private mapping's words are never born writable, for the first write must be seen; nor are
+    those of a shared one whose writes are tracked (soft-dirty).
     """
     if not flags & VM_ACCESS_FLAGS:
         return PROTNONE | ACCESSED
     prot = PRESENT | USER | ACCESSED
     if not flags & VM_EXEC:
         prot |= NX
-    if flags & VM_WRITE and flags & VM_SHARED:
+    if flags & VM_WRITE and flags & VM_SHARED and flags & VM_SOFTDIRTY:
         prot |= RW
     return prot
 
@@ -317,11 +326,21 @@ def new_vma(
     return vma_at(machine, row)
 
 
+def vm_area_dup(machine: Machine, vma: Vma, mm: int, start: int, end: int, pgoff: int) -> Vma:
+    """A new mapping of pages ``start`` to ``end - 1`` with all else as ``vma`` has it."""
+    twin = new_vma(machine, mm, start, end, vma.flags, pgoff, vma.file)
+    for column in _HISTORY:
+        machine.write(column, twin.row, machine[column][vma.row])
+    return twin
+
+
 def remove_vma(machine: Machine, vma: Vma) -> None:
     """Free the row of a mapping, and its place in every anon_vma."""
     unlink_anon_vmas(machine, vma)
     for column in ("mm", "start", "end", "flags", "pgoff", "file", "order"):
         machine.write(f"vma.{column}", vma.row, 0)
+    for column in _HISTORY:
+        machine.write(column, vma.row, 0)
     if vma.file:
         put_file(machine, vma.file)
 
@@ -383,6 +402,12 @@ def _link(machine: Machine, vma: Vma, anon_vma: int) -> None:
     machine.write("avc.anon_vma", row, anon_vma)
     machine.write("avc.age", row, order)
     machine.write("avc.order", row, order)
+
+
+def root_anon_vma(state: State, anon_vma: int) -> int:
+    """The oldest anon_vma of a family."""
+    parent = int(state["anon_vma.parent"][anon_vma])
+    return anon_vma if parent == anon_vma else root_anon_vma(state, parent)
 
 
 def _own(machine: Machine, vma: Vma, anon_vma: int) -> None:

@@ -34,6 +34,7 @@ from hmmlab.model.mm_types import (
     move_edges,
     new_vma,
     remove_vma,
+    vm_area_dup,
     vma_at,
     vma_lookup,
     vmas_in,
@@ -198,9 +199,33 @@ def unmap_vmas(
 def split_vma(machine: Machine, vma: Vma, at: int) -> Routine[tuple[Vma, Vma]]:
     """Cut a mapping at page ``at``; returns the lower part and the upper part."""
     yield from vma_adjust_trans_huge(machine, vma, at)
-    upper = new_vma(machine, vma.mm, at, vma.end, vma.flags, vma.pgoff_of(at), vma.file)
+    upper = vm_area_dup(machine, vma, vma.mm, at, vma.end, vma.pgoff_of(at))
     anon_vma_clone(machine, upper, vma)
     return move_edges(machine, vma, vma.start, at), vma_at(machine, upper.row)
+
+
+def change_vma_flags(
+    machine: Machine, vma: Vma, prev: Vma | None, start: int, stop: int, flags: int
+) -> Routine[Vma]:
+    """Give a part of one mapping other flags: a neighbour takes it over, or it is cut out.
+
+    Returns the mapping that holds the part now.
+    """
+    if flags == vma.flags:
+        return vma
+    pgoff = vma.pgoff_of(start)
+    merged = yield from vma_merge(
+        machine, vma.mm, prev, start, stop, flags, vma.anon_vma, pgoff, vma.file
+    )
+    if merged is None:
+        if start != vma.start:
+            _, vma = yield from split_vma(machine, vma, start)
+        if stop != vma.end:
+            vma, _ = yield from split_vma(machine, vma, stop)
+    else:
+        vma = merged
+    machine.write("vma.flags", vma.row, flags)
+    return vma_at(machine, vma.row)
 
 
 def _is_mergeable_anon_vma(state: State, a: int, b: int, vma: Vma | None) -> bool:

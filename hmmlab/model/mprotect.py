@@ -11,6 +11,7 @@ from hmmlab.model.entry import (
     DIRTY,
     PRESENT,
     RW,
+    SOFT_DIRTY,
     SPECIAL,
     SWP_DEVICE_EXCLUSIVE_READ,
     SWP_DEVICE_EXCLUSIVE_WRITE,
@@ -19,6 +20,7 @@ from hmmlab.model.entry import (
     SWP_MIGRATION_READ_EXCLUSIVE,
     SWP_MIGRATION_WRITE,
     SWP_SOFT_DIRTY,
+    Bools,
     Words,
     is_present,
     pfn_of,
@@ -34,6 +36,7 @@ from hmmlab.model.mm_types import (
     VM_HUGETLB,
     VM_NORESERVE,
     VM_SHARED,
+    VM_SOFTDIRTY,
     VM_WRITE,
     Vma,
     find_vma,
@@ -42,9 +45,8 @@ from hmmlab.model.mm_types import (
     mm_lock,
     mm_root,
     vm_page_prot,
-    vma_at,
 )
-from hmmlab.model.mmap import split_vma, vma_merge
+from hmmlab.model.mmap import change_vma_flags
 from hmmlab.model.mmu_notifier import (
     Event,
     MmuNotifierRange,
@@ -106,19 +108,7 @@ def mprotect_fixup(
         VM_ACCOUNT | VM_WRITE | VM_HUGETLB | VM_SHARED | VM_NORESERVE
     ):
         flags |= VM_ACCOUNT  # promised memory stays promised, so this bit never goes again
-    pgoff = vma.pgoff_of(start)
-    merged = yield from vma_merge(
-        machine, vma.mm, prev, start, stop, flags, vma.anon_vma, pgoff, vma.file
-    )
-    if merged is None:
-        if start != vma.start:
-            _, vma = yield from split_vma(machine, vma, start)
-        if stop != vma.end:
-            vma, _ = yield from split_vma(machine, vma, stop)
-    else:
-        vma = merged
-    machine.write("vma.flags", vma.row, flags)
-    vma = vma_at(machine, vma.row)
+    vma = yield from change_vma_flags(machine, vma, prev, start, stop, flags)
     yield from change_protection(machine, vma, start, stop)
     return vma
 
@@ -154,8 +144,8 @@ def _protected(machine: Machine, vma: Vma, words: Words) -> Words:
     present = is_present(words)
     if present.any():
         new = with_protection(words[present], vm_page_prot(vma.flags))
-        if vma.flags & VM_WRITE and not vma.flags & VM_SHARED:
-            new = np.where(_may_be_writable(machine, new), new | np.uint64(RW), new)
+        if vma.flags & VM_WRITE:
+            new = np.where(_may_be_writable(machine, vma, new), new | np.uint64(RW), new)
         changed[present] = new
     special = np.flatnonzero(~present & (words != 0))
     if special.size:
@@ -163,12 +153,16 @@ def _protected(machine: Machine, vma: Vma, words: Words) -> Words:
     return changed
 
 
-def _may_be_writable(machine: Machine, words: Words) -> np.ndarray:
+def _may_be_writable(machine: Machine, vma: Vma, words: Words) -> Bools:
     """Pages whose write fault would make them writable at once (``can_change_pte_writable``)."""
-    normal = ((words & PRESENT) != 0) & ((words & SPECIAL) == 0)
+    dirty = ((words & PRESENT) != 0) & ((words & DIRTY) != 0)
+    if not vma.flags & VM_SOFTDIRTY:  # the first write since then must be seen
+        dirty &= (words & SOFT_DIRTY) != 0
+    if vma.flags & VM_SHARED:
+        return dirty
+    normal = dirty & ((words & SPECIAL) == 0)
     frames = page_rows(machine, np.where(normal, pfn_of(words), 0))
-    owned = (machine["page.flags"][frames] & PG_ANON_EXCLUSIVE) != 0
-    return normal & ((words & DIRTY) != 0) & owned
+    return normal & ((machine["page.flags"][frames] & PG_ANON_EXCLUSIVE) != 0)
 
 
 _READABLE = {

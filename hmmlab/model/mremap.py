@@ -16,7 +16,7 @@ from hmmlab.model.mm_types import (
     find_vma_prev,
     mm_lock,
     mm_root,
-    new_vma,
+    vm_area_dup,
     vma_lookup,
 )
 from hmmlab.model.mmap import do_munmap, vma_merge
@@ -70,7 +70,7 @@ def _move_vma(machine: Machine, vma: Vma, start: int, stop: int, to: int) -> Rou
         machine, mm, prev, to, to + pages, vma.flags, vma.anon_vma, pgoff, vma.file
     )
     if new is None:
-        new = new_vma(machine, mm, to, to + pages, vma.flags, pgoff, vma.file)
+        new = vm_area_dup(machine, vma, mm, to, to + pages, pgoff)
         anon_vma_clone(machine, new, vma)
     # The old one may have grown into the new one.
     vma = vma_lookup(machine, mm, start) or vma

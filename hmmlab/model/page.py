@@ -30,6 +30,8 @@ __all__ = [
     "PG_DIRTY",
     "PG_LOCKED",
     "PG_LRU",
+    "PG_READAHEAD",
+    "PG_SWAPBACKED",
     "PHYSICAL_PAGES",
     "ZERO_PFN",
     "Pagemap",
@@ -62,9 +64,11 @@ PG_DIRTY = 1 << 1
 PG_LRU = 1 << 2
 PG_ANON = 1 << 3
 PG_ANON_EXCLUSIVE = 1 << 4
+PG_SWAPBACKED = 1 << 5
+PG_READAHEAD = 1 << 6
 
 #: Names of the flag bits, from bit 0 up.
-PAGE_FLAGS = ("locked", "dirty", "lru", "anon", "anon_exclusive")
+PAGE_FLAGS = ("locked", "dirty", "lru", "anon", "anon_exclusive", "swapbacked", "readahead")
 
 Machine.declare("page.refcount", np.int32, "references to the frame; 0 is free")
 Machine.declare("page.mapcount", np.int32, "page-table entries that map the frame")
@@ -72,6 +76,7 @@ Machine.declare("page.flags", np.uint32, "PG_* bits")
 Machine.declare("page.content", np.uint64, "the frame's first eight bytes")
 Machine.declare("page.mapping", np.int32, "number of the anon_vma or file that knows who maps it")
 Machine.declare("page.index", np.int64, "offset of the page in its mapping, in pages")
+Machine.declare("page.swap", np.int64, "slot of a frame in the swap cache; 0 for none")
 Machine.declare("page.private", np.int64, "zone_device_data: the driver's own word")
 Machine.declare("zone.used", np.int64, "frames of a node that were handed out at least once")
 Machine.declare("zone.free", np.int64, "frames of a node on its free list")
@@ -81,6 +86,9 @@ Machine.declare("section.pagemap", np.int32, "pagemap of a section of device mem
 Machine.declare("pagemap.first", np.int64, "first frame of a pagemap")
 Machine.declare("pagemap.last", np.int64, "frame past the last of a pagemap")
 Machine.declare("pagemap.owner", np.int32, "device whose private memory this is")
+
+
+_COLUMNS = ("refcount", "mapcount", "flags", "content", "mapping", "index", "swap", "private")
 
 
 class Pagemap(Protocol):
@@ -119,9 +127,10 @@ def is_zone_device(state: State, pfns: Pfns) -> np.ndarray:
 
 
 def page_mapping(state: State, pfns: Pfns) -> np.ndarray:
-    """Whether frames belong to a file, bool of the shape of ``pfns`` (``page_mapping``)."""
+    """Whether frames are in the cache of a file or in the swap cache (``page_mapping``)."""
     rows = page_rows(state, pfns)
-    return (state["page.mapping"][rows] != 0) & ((state["page.flags"][rows] & PG_ANON) == 0)
+    of_file = (state["page.mapping"][rows] != 0) & ((state["page.flags"][rows] & PG_ANON) == 0)
+    return of_file | (state["page.swap"][rows] != 0)
 
 
 # --- references and flags -------------------------------------------------------------------------
@@ -260,7 +269,7 @@ def memremap_pages(machine: Machine, first: int, pages: int, owner: int, ops: Pa
     machine.write("pagemap.owner", pagemap, owner)
     machine.write("section.pagemap", _sections(first, first + pages), pagemap)
     last_row = machine.ram_pages + PHYSICAL_PAGES - 1 - first
-    for column in ("refcount", "mapcount", "flags", "content", "mapping", "index", "private"):
+    for column in _COLUMNS:
         machine.reserve(f"page.{column}", last_row)
     machine.objects.setdefault("pagemap", {})[pagemap] = ops
     return pagemap

@@ -19,25 +19,23 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from hmmlab.model.access import user_access
 from hmmlab.model.driver import Driver
 from hmmlab.model.fork import dup_mmap
 from hmmlab.model.machine import Actor, Machine, Routine, StepsOf, operation
-from hmmlab.model.madvise import sys_madvise_dontneed
-from hmmlab.model.memory import user_access
+from hmmlab.model.madvise import ADVICE, sys_madvise
 from hmmlab.model.mm_types import flags_of_prot, new_mm
 from hmmlab.model.mmap import KINDS, exit_mmap, sys_mmap, sys_munmap
 from hmmlab.model.mprotect import sys_mprotect
 from hmmlab.model.mremap import sys_mremap
-from hmmlab.model.pagemap import read_pagemap
 from hmmlab.model.region import REGION_PAGES, REGION_START, Pages
+from hmmlab.model.task_mmu import clear_refs_soft_dirty, read_pagemap
 from hmmlab.model.test_hmm import PRIVATE_UNITS, Dmirror
 
 __all__ = ["Process"]
 
 D = TypeVar("D", bound=Driver)
 R = TypeVar("R")
-
-_ADVICE = {"dontneed": sys_madvise_dontneed}
 
 
 class Process:
@@ -241,7 +239,11 @@ class Process:
 
     @operation
     def madvise(self, where: Pages, advice: str) -> tuple[str, Routine[None]]:
-        """Advise the kernel about pages: ``dontneed`` throws them away.
+        """Advise the kernel about pages.
+
+        ``dontneed`` throws them away, ``free`` lets them be thrown away, ``pageout`` writes them to
+        swap, ``populate_write`` fills them; all of it is in
+        :data:`~hmmlab.model.madvise.ADVICE`.
 
         Raises
         ------
@@ -250,9 +252,9 @@ class Process:
         KernelError
             ENOMEM where some are not mapped; the rest has been done.
         """
-        if advice not in _ADVICE:
-            raise ValueError(f"advice {advice!r}; expected one of {', '.join(_ADVICE)}")
-        routine = _ADVICE[advice](self.machine, self.mm, where.start, where.stop)
+        if advice not in ADVICE:
+            raise ValueError(f"advice {advice!r}; expected one of {', '.join(ADVICE)}")
+        routine = sys_madvise(self.machine, self.mm, where.start, where.stop, advice)
         return f"madvise {self.in_words(where)} {advice}", routine
 
     @operation
@@ -271,6 +273,11 @@ class Process:
     def _moved(self, where: Pages, to: Pages) -> Routine[Pages]:
         yield from sys_mremap(self.machine, self.mm, where.start, len(where), to.start)
         return to
+
+    @operation
+    def clear_refs(self) -> tuple[str, Routine[None]]:
+        """Forget which pages were written (soft-dirty), and notice every write from now on."""
+        return "clear_refs 4", clear_refs_soft_dirty(self.machine, self.mm)
 
     @operation
     def run(self, text: str, routine: Routine[R]) -> tuple[str, Routine[R]]:

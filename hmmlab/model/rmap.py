@@ -29,9 +29,17 @@ from hmmlab.model.mm_types import (
     find_vmas_of_anon_vma,
     find_vmas_of_file,
     mm_root,
+    root_anon_vma,
     vma_at,
 )
-from hmmlab.model.page import PG_ANON, PG_ANON_EXCLUSIVE, as_rows, page_rows, set_flags
+from hmmlab.model.page import (
+    PG_ANON,
+    PG_ANON_EXCLUSIVE,
+    PG_SWAPBACKED,
+    as_rows,
+    page_rows,
+    set_flags,
+)
 from hmmlab.model.page_table import walk
 from hmmlab.model.state import State
 
@@ -80,12 +88,26 @@ def page_add_new_anon_rmap(machine: Machine, pfns: Pfns, vma: Vma, vpns: Pfns) -
     machine.write("page.mapcount", rows, 1)
     machine.write("page.mapping", rows, vma.anon_vma)
     machine.write("page.index", rows, vma.pgoff_of(0) + vpns)
-    set_flags(machine, pfns, PG_ANON | PG_ANON_EXCLUSIVE)
+    set_flags(machine, pfns, PG_ANON | PG_ANON_EXCLUSIVE | PG_SWAPBACKED)
 
 
-def page_add_anon_rmap(machine: Machine, pfns: Pfns, exclusive: NDArray[np.bool_]) -> None:
-    """Let frames that have an anon_vma be mapped once more; some by their only owner."""
-    machine.add("page.mapcount", as_rows(page_rows(machine, pfns)), 1)
+def page_add_anon_rmap(
+    machine: Machine, pfns: Pfns, vma: Vma, vpns: Pfns, exclusive: NDArray[np.bool_]
+) -> None:
+    """Let frames be mapped once more, by ``vma`` at pages ``vpns``; some by their only owner.
+
+    A frame that has no anon_vma yet gets the mapping's, or the oldest of its family when it is not
+    the mapping's alone.
+    """
+    rows = page_rows(machine, pfns)
+    machine.add("page.mapcount", as_rows(rows), 1)
+    fresh = (machine["page.flags"][rows] & PG_ANON) == 0
+    if fresh.any():
+        root = root_anon_vma(machine, vma.anon_vma)
+        mapping = np.where(exclusive[fresh], vma.anon_vma, root)
+        machine.write("page.mapping", as_rows(rows[fresh]), mapping)
+        machine.write("page.index", as_rows(rows[fresh]), vma.pgoff_of(0) + vpns[fresh])
+        set_flags(machine, pfns[fresh], PG_ANON)
     if exclusive.any():
         set_flags(machine, np.unique(pfns[exclusive]), PG_ANON_EXCLUSIVE)
 

@@ -13,8 +13,10 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
+from hmmlab.model.access import get_user_pages
 from hmmlab.model.driver import Answer, Driver
 from hmmlab.model.entry import (
+    DEVICE_ATOMIC,
     DEVICE_VALID,
     DEVICE_WRITE,
     HMM_PFN_ERROR,
@@ -28,6 +30,7 @@ from hmmlab.model.entry import (
     hmm_pfn_to_pfn,
     migrate_pfn,
 )
+from hmmlab.model.exclusive import make_device_exclusive
 from hmmlab.model.geometry import SECTION_PAGES
 from hmmlab.model.hmm import HmmRange
 from hmmlab.model.machine import KernelError, Machine, Routine, kernel, operation
@@ -74,7 +77,7 @@ CHUNK_PAGES = 2 * SECTION_PAGES
 #: Units with device-private memory.
 PRIVATE_UNITS = (0, 1)
 
-_ENOENT, _EINVAL, _ENODEV = 2, 22, 19
+_EPERM, _ENOENT, _EBUSY, _EINVAL = 1, 2, 16, 22
 
 # Bytes of a snapshot (lib/test_hmm_uapi.h).
 PROT_ERROR = 0xFF
@@ -380,14 +383,18 @@ class Dmirror(Driver):
                 yield from migrate_vma_finalize(self.machine, migrate)
         finally:
             self.machine.up_read(lock)
+        return (yield from self._read_back(start, stop))
+
+    def _read_back(self, start: int, stop: int) -> Routine[Answer]:
+        """Habit: what was moved or taken is read through the page table, without faulting."""
         answer = Answer(np.zeros(stop - start, np.uint64))
         yield from self.machine.down_write(self.lock)
-        self.copy_out(start, stop, answer)  # habit: it reads back, and does not fault
+        self.copy_out(start, stop, answer)
         self.machine.up_write(self.lock)
         if answer.cpages < stop - start:
             at = start + answer.cpages
             place = self.machine.names.place(self.mm, at, at + 1)
-            raise KernelError(_ENOENT, f"{place} did not move to {self.name}")
+            raise KernelError(_ENOENT, f"{place} is not in the page table of {self.name}")
         return answer
 
     @kernel("lib/test_hmm.c", "dmirror_migrate_alloc_and_copy")
@@ -485,6 +492,73 @@ class Dmirror(Driver):
         migrate.dst[wanted] = migrate_pfn(frames) | (
             migrate.src[wanted] & np.uint64(MIGRATE_PFN_WRITE)
         )
+
+    # --- exclusive access -------------------------------------------------------------------------
+    @kernel("lib/test_hmm.c", "dmirror_exclusive")
+    def make_exclusive(self, start: int, stop: int) -> Routine[Answer]:
+        """Take pages for atomic operations, a batch at a time, then read the range back.
+
+        Raises
+        ------
+        KernelError
+            EBUSY when a page of a batch could not be had; batches before it stay exclusive, and so
+            does what was converted in this one. ENOENT when the page table lost one again.
+        """
+        lock = mm_lock(self.machine, self.mm)
+        yield from self.machine.down_read(lock)
+        try:
+            for first in np.arange(start, stop, self.batch).tolist():  # over batches
+                yield from self._take_batch(first, min(first + self.batch, stop))
+        finally:
+            self.machine.up_read(lock)
+        return (yield from self._read_back(start, stop))
+
+    def _take_batch(self, start: int, stop: int) -> Routine[None]:
+        machine = self.machine
+        busy = KernelError(
+            _EBUSY, f"{machine.names.place(self.mm, start, stop)}: not all to be had"
+        )
+        try:
+            pfns = yield from get_user_pages(machine, self.mm, start, stop, True, remote=True)
+        except KernelError:
+            raise busy from None
+        vpns = np.arange(start, start + pfns.size)
+        mine = yield from make_device_exclusive(machine, self.mm, vpns, pfns, 0)
+        if pfns.size == stop - start and mine.any():  # habit: all fetched, or none is mapped
+            yield from machine.down_write(self.lock)
+            words = self.entries(start, stop)
+            words[mine] = device_word(pfns[mine], DEVICE_VALID | DEVICE_ATOMIC)
+            self.store_entries(start, words)
+            machine.up_write(self.lock)
+        if mine.any():
+            set_flags(machine, pfns[mine], off=PG_LOCKED)
+        put_page(machine, pfns)
+        if not mine.all() or pfns.size < stop - start:
+            raise busy
+        yield machine.step(f"{self.name} has {{range}} to itself.", self.mm, start, stop)
+
+    @kernel("lib/test_hmm.c", "dmirror_check_atomic")
+    def check_atomic(self, start: int, stop: int) -> Routine[Answer]:
+        """Whether the device has none of the pages to itself.
+
+        Raises
+        ------
+        KernelError
+            EPERM when it has one.
+        """
+        atomic = (self.entries(start, stop) & np.uint64(DEVICE_ATOMIC)) != 0
+        yield self.machine.step(
+            f"{self.name} has {int(atomic.sum())} pages of {{range}} to itself.",
+            self.mm,
+            start,
+            stop,
+        )
+        if atomic.any():
+            at = start + int(np.argmax(atomic))
+            raise KernelError(
+                _EPERM, f"{self.machine.names.place(self.mm, at, at + 1)} is exclusive"
+            )
+        return Answer()
 
     # --- close ------------------------------------------------------------------------------------
     def give_back_memory(self) -> Routine[None]:

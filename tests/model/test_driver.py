@@ -11,8 +11,8 @@ from hmmlab.invariants import violations
 from hmmlab.model.machine import Actor, Steps, UnrunOperationWarning
 from hmmlab.model.mmu_notifier import mmu_interval_set_seq
 from hmmlab.model.page import ZERO_PFN
-from hmmlab.model.pagemap import PM_PRESENT, PM_SOFT_DIRTY
 from hmmlab.model.schedule import interleave
+from hmmlab.model.task_mmu import PM_PRESENT, PM_SOFT_DIRTY
 
 
 class Forgetful(Driver):

@@ -1,0 +1,206 @@
+"""Access to memory: loads and stores by the CPU, and pages that the kernel fetches for somebody.
+
+Source: arch/x86/mm/fault.c, mm/gup.c.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from hmmlab.model.entry import ACCESSED, DIRTY, PRESENT, RW, Bools, Pfns, Words, pfn_of
+from hmmlab.model.filemap import cached
+from hmmlab.model.machine import KernelError, Machine, Routine, kernel
+from hmmlab.model.memory import fault_around_window, handle_mm_fault
+from hmmlab.model.mm_types import (
+    VM_ACCESS_FLAGS,
+    VM_IO,
+    VM_PFNMAP,
+    VM_READ,
+    VM_WRITE,
+    Vma,
+    mm_lock,
+    mm_root,
+    vma_at,
+    vma_lookup,
+)
+from hmmlab.model.page import as_rows, get_page, page_rows
+from hmmlab.model.page_table import read_range, rows_of
+
+__all__ = ["SIGBUS", "SIGSEGV", "check_vma_flags", "faultin", "get_user_pages", "user_access"]
+
+SIGSEGV, SIGBUS = 11, 7
+
+_EFAULT = 14
+
+#: An access that still faults after so many tries would fault forever.
+_ENDLESS = 64
+
+Fault = Callable[[Machine, Vma, Pfns, bool], Routine[None]]
+
+
+# --- loads and stores -----------------------------------------------------------------------------
+
+
+def user_access(
+    machine: Machine, mm: int, start: int, stop: int, values: Words | None = None
+) -> Routine[Words]:
+    """The CPU reads, or writes where ``values`` is given, the first word of each page.
+
+    Parameters
+    ----------
+    values
+        uint64 of shape (stop - start,).
+
+    Returns
+    -------
+    uint64 of shape (stop - start,): what was read, or ``values``.
+
+    Raises
+    ------
+    KernelError
+        SIGSEGV at the first page that may not be accessed so; writes before it have happened.
+    """
+    data = np.zeros(stop - start, np.uint64) if values is None else values
+    for first, last in machine.chunks(start, stop):
+        with machine.bulk(last - first):
+            at = first
+            while at < last:  # over mappings
+                vma = vma_lookup(machine, mm, at)
+                if vma is None or not _may_access(vma, write=values is not None):
+                    why = "no mapping" if vma is None else f"the mapping is {vma.permissions}"
+                    place = machine.names.place(mm, at, at + 1)
+                    raise KernelError(0, f"{place}: {why}", signal=SIGSEGV)
+                end = min(last, vma.end)
+                part = slice(at - start, end - start)
+                new = None if values is None else values[part]
+                data[part] = yield from _access_in_vma(machine, vma, at, end, new)
+                at = end
+    return data
+
+
+def _may_access(vma: Vma, *, write: bool) -> bool:
+    """Whether a fault may go on (``access_error`` of x86: any permission lets one read)."""
+    return bool(vma.flags & (VM_WRITE if write else VM_ACCESS_FLAGS))
+
+
+def _access_in_vma(
+    machine: Machine, vma: Vma, start: int, stop: int, values: Words | None
+) -> Routine[Words]:
+    words = yield from _touch(machine, vma, start, stop, values is not None, do_user_addr_fault)
+    marks = np.uint64(ACCESSED if values is None else ACCESSED | DIRTY)
+    if ((words & marks) != marks).any():  # the CPU's page walker does this, without the kernel
+        rows = rows_of(machine, mm_root(machine, vma.mm), np.arange(start, stop))
+        machine.write("pte", rows, words | marks)
+    frames = as_rows(page_rows(machine, pfn_of(words)))
+    if values is not None:
+        machine.write("page.content", frames, values)
+    done = "reads" if values is None else "writes"
+    yield machine.step(f"The CPU {done} {{range}}.", vma.mm, start, stop)
+    return machine["page.content"][frames] if values is None else values
+
+
+def _touch(
+    machine: Machine, vma: Vma, start: int, stop: int, write: bool, fault: Fault
+) -> Routine[Words]:
+    """Fault until every page of a part of a mapping is there; returns the words."""
+    wanted = PRESENT | RW if write else PRESENT
+    for _ in range(_ENDLESS):
+        words = read_range(machine, mm_root(machine, vma.mm), start, stop)
+        lacking = (words & wanted) != wanted
+        if not lacking.any():
+            return words
+        vpns = start + np.flatnonzero(lacking)
+        if not write and vma.file:
+            vpns = _faulting(machine, vma, vpns, words[lacking] == 0)
+        yield from fault(machine, vma, vpns, write)
+    raise KernelError(0, f"the access to page {start:#x} faults forever", signal=SIGBUS)
+
+
+def _faulting(machine: Machine, vma: Vma, vpns: Pfns, empty: Bools) -> Pfns:
+    """Those of ``vpns`` (int64, ascending) that fault when they are read one after another.
+
+    The first ``empty`` page of a window brings those of its neighbours that the cache has.
+    """
+    there = cached(machine, vma.file, vma.pgoff_of(0) + vpns) > 0
+    low, high = fault_around_window(vma, vpns)
+    # The first window may begin unaligned, and then reaches into the second.
+    opening = empty & (low == vma.start)
+    reach = int(high[opening][0]) if opening.any() else vma.start
+    brought = empty & there & (low > vma.start) & (vpns < reach)
+    waiting = empty & ~brought
+    first = waiting.copy()
+    first[waiting] = np.diff(low[waiting], prepend=-1) != 0
+    return vpns[~(brought | (waiting & ~first & there))]
+
+
+@kernel("arch/x86/mm/fault.c")
+def do_user_addr_fault(machine: Machine, vma: Vma, vpns: Pfns, write: bool) -> Routine[None]:
+    """A fault of the CPU: handle it under the mmap_lock. The caller has checked the mapping."""
+    lock = mm_lock(machine, vma.mm)
+    yield from machine.down_read(lock)
+    try:
+        yield from handle_mm_fault(machine, vma_at(machine, vma.row), vpns, write)
+    finally:
+        machine.up_read(lock)
+
+
+# --- get_user_pages -------------------------------------------------------------------------------
+
+
+def check_vma_flags(vma: Vma, write: bool) -> bool:
+    """Whether the kernel may fetch pages of a mapping for somebody (mm/gup.c)."""
+    return not vma.flags & (VM_IO | VM_PFNMAP) and bool(
+        vma.flags & (VM_WRITE if write else VM_READ)
+    )
+
+
+def faultin(
+    machine: Machine, vma: Vma, start: int, stop: int, write: bool, remote: bool = False
+) -> Routine[Words]:
+    """Make pages of one mapping present, or writable, as an access would; returns their words.
+
+    The caller holds the mmap_lock and has checked the mapping.
+    """
+
+    def fault(machine: Machine, vma: Vma, vpns: Pfns, write: bool) -> Routine[None]:
+        yield from handle_mm_fault(machine, vma_at(machine, vma.row), vpns, write, remote)
+
+    words = np.zeros(stop - start, np.uint64)
+    for first, last in machine.chunks(start, stop):
+        with machine.bulk(last - first):
+            part = yield from _touch(machine, vma, first, last, write, fault)
+            words[first - start : last - start] = part
+    return words
+
+
+@kernel("mm/gup.c")
+def get_user_pages(
+    machine: Machine, mm: int, start: int, stop: int, write: bool, remote: bool = False
+) -> Routine[Pfns]:
+    """Frames of pages from ``start`` on, with a reference to each; as far as that goes.
+
+    Raises
+    ------
+    KernelError
+        EFAULT when not even the first can be had.
+    """
+    found = np.zeros(0, np.int64)
+    at = start
+    while at < stop:  # over mappings
+        vma = vma_lookup(machine, mm, at)
+        if vma is None or not check_vma_flags(vma, write):
+            break
+        end = min(stop, vma.end)
+        try:
+            words = yield from faultin(machine, vma, at, end, write, remote)
+        except KernelError:
+            break
+        found = np.concatenate([found, pfn_of(words)])
+        at = end
+    if not found.size:
+        place = machine.names.place(mm, start, start + 1)
+        raise KernelError(_EFAULT, f"{place} cannot be fetched")
+    get_page(machine, found)
+    return found

@@ -1,0 +1,141 @@
+"""Pages that a device has to itself for atomic operations, while they stay in RAM.
+
+The CPU's word becomes a device-exclusive entry, so that the next touch by the CPU faults and takes
+the page back. Nothing maps the page meanwhile; the entry keeps the reference.
+
+Source: mm/rmap.c (``make_device_exclusive_range``), mm/memory.c (``restore_exclusive_pte``).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hmmlab.model.entry import (
+    ACCESSED,
+    DIRTY,
+    RW,
+    SOFT_DIRTY,
+    SWP_DEVICE_EXCLUSIVE_READ,
+    SWP_DEVICE_EXCLUSIVE_WRITE,
+    SWP_SOFT_DIRTY,
+    Bools,
+    Pfns,
+    is_device_exclusive,
+    is_present,
+    is_swap_type,
+    present_word,
+    swap_offset_pfn,
+    swap_type,
+    swap_word,
+)
+from hmmlab.model.machine import Machine, Routine, kernel
+from hmmlab.model.mm_types import VM_WRITE, Vma, vm_page_prot
+from hmmlab.model.mmu_notifier import (
+    Event,
+    MmuNotifierRange,
+    invalidate_range_end,
+    invalidate_range_start,
+)
+from hmmlab.model.page import PG_ANON, PG_DIRTY, PG_LOCKED, as_rows, page_rows, set_flags
+from hmmlab.model.rmap import page_add_anon_rmap, page_remove_rmap, rmap_walk
+
+__all__ = ["make_device_exclusive", "remove_device_exclusive_entries", "restore_exclusive_ptes"]
+
+
+@kernel("mm/rmap.c")
+def make_device_exclusive(
+    machine: Machine, mm: int, vpns: Pfns, pfns: Pfns, owner: int
+) -> Routine[Bools]:
+    """Put device-exclusive entries in place of all that maps ``pfns``, one page after another.
+
+    Each mapping that could hold a page hears EXCLUSIVE of it, until nothing maps the page. Returns
+    which pages are the caller's now: private ones that were writable at their page ``vpns`` of
+    ``mm``, and are mapped nowhere. They are locked.
+    """
+    rows = page_rows(machine, pfns)
+    flags = machine["page.flags"][rows]
+    usable = ((flags & PG_ANON) != 0) & ((flags & PG_LOCKED) == 0)
+    valid = np.zeros(pfns.size, np.bool_)
+    numbers = np.flatnonzero(usable)
+    for first, last in machine.chunks(0, numbers.size):
+        part = numbers[first:last]
+        with machine.bulk(part.size):
+            valid[part] = yield from _make_exclusive(machine, mm, vpns[part], pfns[part], owner)
+    return valid
+
+
+def _make_exclusive(
+    machine: Machine, mm: int, vpns: Pfns, pfns: Pfns, owner: int
+) -> Routine[Bools]:
+    valid = np.zeros(pfns.size, np.bool_)
+    found = rmap_walk(machine, pfns).until_unmapped()
+    for vma in dict.fromkeys(found.vma.tolist()):
+        place = found.only(found.vma == vma)
+        where = int(machine["vma.mm"][vma])
+        range = MmuNotifierRange.each(
+            where, Event.EXCLUSIVE, place.vpn, owner=owner, vma=vma, order=place.which
+        )
+        yield from invalidate_range_start(machine, range)
+        mapped = place.only(place.maps)
+        words = machine["pte"][mapped.row]
+        mapped, words = mapped.only(is_present(words)), words[is_present(words)]
+        frames, writable = pfns[mapped.which], (words & RW) != 0
+        expected = (vpns[mapped.which] == mapped.vpn) & (where == mm)
+        valid[mapped.which[expected & writable]] = True
+        dirty = frames[(words & DIRTY) != 0]
+        if dirty.size:
+            set_flags(machine, np.unique(dirty), PG_DIRTY)
+        kinds = np.where(writable, SWP_DEVICE_EXCLUSIVE_WRITE, SWP_DEVICE_EXCLUSIVE_READ)
+        marks = np.where((words & SOFT_DIRTY) != 0, np.uint64(SWP_SOFT_DIRTY), np.uint64(0))
+        machine.write("pte", mapped.row, swap_word(kinds, frames) | marks)
+        page_remove_rmap(machine, frames)
+        yield machine.step(
+            "The words of {range} name pages that the device has to itself.",
+            where,
+            int(place.vpn[0]),
+            int(place.vpn[-1]) + 1,
+        )
+        yield from invalidate_range_end(machine, range)
+    valid &= machine["page.mapcount"][page_rows(machine, pfns)] == 0
+    if valid.any():
+        set_flags(machine, pfns[valid], PG_LOCKED)
+    return valid
+
+
+def restore_exclusive_ptes(
+    machine: Machine, vma: Vma, vpns: NDArray[np.int64], rows: NDArray[np.int64]
+) -> None:
+    """Let words of ``vpns`` that are device-exclusive entries map their pages again.
+
+    Old, and writable only where the entry and the mapping both are.
+    """
+    entries = machine["pte"][rows]
+    mine = is_swap_type(entries) & is_device_exclusive(entries)
+    if not mine.any():
+        return
+    entries, pfns = entries[mine], swap_offset_pfn(entries[mine])
+    writable = swap_type(entries) == SWP_DEVICE_EXCLUSIVE_WRITE
+    prot = np.uint64(vm_page_prot(vma.flags) & ~ACCESSED)
+    marks = np.where((entries & SWP_SOFT_DIRTY) != 0, np.uint64(SOFT_DIRTY), np.uint64(0))
+    rights = DIRTY | SOFT_DIRTY | (RW if vma.flags & VM_WRITE else 0)
+    marks |= np.where(writable, np.uint64(rights), np.uint64(0))
+    page_add_anon_rmap(machine, pfns, vma, vpns[mine], np.zeros(pfns.size, np.bool_))
+    machine.write("pte", as_rows(rows[mine]), present_word(pfns, int(prot)) | marks)
+
+
+@kernel("mm/memory.c")
+def remove_device_exclusive_entries(
+    machine: Machine, vma: Vma, vpns: Pfns, rows: NDArray[np.int64]
+) -> Routine[None]:
+    """The CPU takes pages back, each inside an EXCLUSIVE of it that names no owner."""
+    range = MmuNotifierRange.each(vma.mm, Event.EXCLUSIVE, vpns, vma=vma.row)
+    yield from invalidate_range_start(machine, range)
+    restore_exclusive_ptes(machine, vma, vpns, rows)
+    yield machine.step(
+        "{range} is mapped again, and no longer the device's alone.",
+        vma.mm,
+        int(vpns[0]),
+        int(vpns[-1]) + 1,
+    )
+    yield from invalidate_range_end(machine, range)

@@ -1,0 +1,145 @@
+"""Reclaim: pages of RAM are unmapped, written to swap and freed.
+
+Source: mm/vmscan.c (``shrink_folio_list``), mm/rmap.c (``try_to_unmap``), mm/shmem.c
+(``shmem_writepage``).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from hmmlab.model.entry import (
+    DIRTY,
+    SOFT_DIRTY,
+    SWP_EXCLUSIVE,
+    SWP_SOFT_DIRTY,
+    Pfns,
+    swap_word,
+)
+from hmmlab.model.filemap import drop_from_cache, swap_out_of_cache
+from hmmlab.model.machine import Machine, Routine, kernel
+from hmmlab.model.mmu_notifier import (
+    Event,
+    MmuNotifierRange,
+    invalidate_range_end,
+    invalidate_range_start,
+)
+from hmmlab.model.page import (
+    GUP_PIN_COUNTING_BIAS,
+    PG_ANON,
+    PG_ANON_EXCLUSIVE,
+    PG_DIRTY,
+    PG_SWAPBACKED,
+    as_rows,
+    page_mapping,
+    put_page,
+    set_flags,
+)
+from hmmlab.model.rmap import page_remove_rmap, rmap_walk
+from hmmlab.model.swap import (
+    add_to_swap_cache,
+    delete_from_swap_cache,
+    folio_alloc_swap,
+    swap_duplicate,
+)
+
+__all__ = ["reclaim_pages"]
+
+#: Swap type of the only swap device.
+_SWAP_DEVICE = 0
+
+
+@kernel("mm/vmscan.c")
+def reclaim_pages(machine: Machine, pfns: Pfns) -> Routine[None]:
+    """Reclaim frames of RAM (int64, unique), in this order, as far as that goes."""
+    for first, last in machine.chunks(0, pfns.size):
+        with machine.bulk(last - first):
+            yield from _shrink(machine, pfns[first:last])
+
+
+def _shrink(machine: Machine, pfns: Pfns) -> Routine[None]:
+    """Give each page a place in swap, unmap it, write it, free it (``shrink_folio_list``)."""
+    flags = machine["page.flags"][pfns]
+    anon, lazy = (flags & PG_ANON) != 0, (flags & PG_SWAPBACKED) == 0
+    outside = anon & ~lazy & (machine["page.swap"][pfns] == 0)
+    pinned = machine["page.refcount"][pfns] >= GUP_PIN_COUNTING_BIAS
+    stays = outside & pinned
+    pfns, lost, outside = pfns[~stays], (anon & lazy)[~stays], outside[~stays]
+    if outside.any():
+        chosen = pfns[outside]
+        add_to_swap_cache(machine, chosen, folio_alloc_swap(machine, chosen.size))
+        set_flags(machine, chosen, PG_DIRTY)
+    if pfns.size:
+        yield from try_to_unmap(machine, pfns)
+        _write_out(machine, pfns, lost)
+    yield machine.step(f"{pfns.size} pages were unmapped, and written and freed where possible.")
+
+
+@kernel("mm/rmap.c")
+def try_to_unmap(machine: Machine, pfns: Pfns) -> Routine[None]:
+    """Replace every word that maps one of ``pfns`` by its slot, each inside a CLEAR of its page.
+
+    A page of a file needs no word to be found again. A page that was given up by MADV_FREE and not
+    written since loses its word too, and so its content.
+    """
+    machine.called("try_to_unmap", pfns.size - 1, up=1)
+    found = rmap_walk(machine, pfns).until_unmapped()
+    for vma in dict.fromkeys(found.vma.tolist()):
+        place = found.only(found.vma == vma)
+        mm = int(machine["vma.mm"][vma])
+        range = MmuNotifierRange.each(mm, Event.CLEAR, place.vpn, vma=vma, order=place.which)
+        yield from invalidate_range_start(machine, range)
+        mapped = place.only(place.maps)
+        if mapped.which.size:
+            _unmap(machine, pfns[mapped.which], mapped.row)
+        yield from invalidate_range_end(machine, range)
+
+
+def _unmap(machine: Machine, pfns: Pfns, rows: Pfns) -> None:
+    words, flags = machine["pte"][rows], machine["page.flags"][pfns]
+    dirty = (words & DIRTY) != 0
+    if dirty.any():
+        set_flags(machine, np.unique(pfns[dirty]), PG_DIRTY)
+        flags = machine["page.flags"][pfns]
+    anon = (flags & PG_ANON) != 0
+    lazy = anon & ((flags & PG_SWAPBACKED) == 0)
+    # Given up, but written since, or held by somebody: it stays.
+    held = machine["page.refcount"][pfns] != machine["page.mapcount"][pfns]
+    stays = lazy & (((flags & PG_DIRTY) != 0) | held)
+    if stays.any():
+        set_flags(machine, np.unique(pfns[stays]), PG_SWAPBACKED)
+    to_slot = anon & ~lazy
+    exclusive = to_slot & ((flags & PG_ANON_EXCLUSIVE) != 0)
+    slots = machine["page.swap"][pfns]
+    marks = np.where(exclusive, np.uint64(SWP_EXCLUSIVE), np.uint64(0))
+    marks |= np.where((words & SOFT_DIRTY) != 0, np.uint64(SWP_SOFT_DIRTY), np.uint64(0))
+    new = np.where(to_slot, swap_word(_SWAP_DEVICE, slots) | marks, np.uint64(0))
+    gone = ~stays
+    machine.write("pte", as_rows(rows[gone]), new[gone])
+    if to_slot.any():
+        swap_duplicate(machine, slots[to_slot])
+    if exclusive.any():
+        set_flags(machine, pfns[exclusive], off=PG_ANON_EXCLUSIVE)
+    page_remove_rmap(machine, pfns[gone])
+    put_page(machine, pfns[gone])
+
+
+def _write_out(machine: Machine, pfns: Pfns, lazy: np.ndarray) -> None:
+    """Write and free what nobody but a cache holds (``pageout``, ``__remove_mapping``)."""
+    pfns = pfns[~lazy]  # lazily freed pages went with their last mapping
+    alone = (machine["page.mapcount"][pfns] == 0) & (machine["page.refcount"][pfns] == 1)
+    pfns = pfns[alone & page_mapping(machine, pfns)]
+    dirty = (machine["page.flags"][pfns] & PG_DIRTY) != 0
+    shmem = dirty & ((machine["page.flags"][pfns] & PG_ANON) == 0)
+    shmem &= machine["page.swap"][pfns] == 0
+    if shmem.any():
+        slots = folio_alloc_swap(machine, int(shmem.sum()))
+        add_to_swap_cache(machine, pfns[shmem], slots)
+        swap_out_of_cache(machine, pfns[shmem], slots)
+    written = pfns[dirty]
+    slots = machine["page.swap"][written]
+    machine.write("swap.content", as_rows(slots), machine["page.content"][written])
+    set_flags(machine, written, off=PG_DIRTY)
+    in_swap = machine["page.swap"][pfns] != 0
+    delete_from_swap_cache(machine, pfns[in_swap])
+    drop_from_cache(machine, pfns[~in_swap])
