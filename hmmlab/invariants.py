@@ -108,11 +108,13 @@ def _references(state: State) -> Iterator[str]:
     """
     expected = _counts(state)
     device = np.flatnonzero(state["page.refcount"][state.ram_pages :] > 0) + state.ram_pages
-    np.add.at(expected, state["page.private"][device], 1)
+    backing = state["page.private"][device]
+    np.add.at(expected, backing[backing > 0], 1)
     cached = state["cache.page"]
     np.add.at(expected, cached[cached > 0], 1)
     swap_cache = state["swap.cache"]
     np.add.at(expected, swap_cache[swap_cache > 0], 1)
+    np.add.at(expected, state["lru.lazyfree"][: int(state["lru.lazyfree_count"][0])], 1)
     words = _everything_mapped(state)
     exclusive = words[is_swap_type(words) & is_device_exclusive(words)]
     np.add.at(expected, swap_offset_pfn(exclusive), 1)

@@ -21,6 +21,7 @@ from hmmlab.model.entry import (
     swap_offset,
 )
 from hmmlab.model.filemap import punch_hole
+from hmmlab.model.lru import lru_add_drain, mark_page_lazyfree
 from hmmlab.model.machine import KernelError, Machine, Routine, kernel
 from hmmlab.model.memory import unmap_page_range
 from hmmlab.model.mm_types import (
@@ -49,10 +50,8 @@ from hmmlab.model.mmu_notifier import (
     invalidate_range_start,
 )
 from hmmlab.model.page import (
-    PG_ANON,
     PG_DIRTY,
     PG_LRU,
-    PG_SWAPBACKED,
     as_rows,
     is_zone_device,
     page_rows,
@@ -126,7 +125,7 @@ def _dontneed(machine: Machine, vma: Vma, prev: Vma | None, start: int, stop: in
 @kernel("mm/memory.c")
 def zap_page_range_single(machine: Machine, vma: Vma, start: int, stop: int) -> Routine[None]:
     """Empty a part of one mapping inside a CLEAR of it."""
-    machine.called("lru_add_drain")
+    lru_add_drain(machine)
     range = MmuNotifierRange.one(vma.mm, Event.CLEAR, start, stop, vma=vma.row)
     yield from invalidate_range_start(machine, range)
     yield from unmap_page_range(machine, vma, start, stop)
@@ -137,6 +136,7 @@ def _free(machine: Machine, vma: Vma, prev: Vma | None, start: int, stop: int) -
     """The pages may be taken without being saved, unless they are written before that."""
     if vma.flags & (VM_LOCKED | VM_PFNMAP | VM_HUGETLB) or not vma.is_anonymous:
         raise _refuse(machine, vma, start, _EINVAL, "only private anonymous memory can be freed")
+    lru_add_drain(machine)
     range = MmuNotifierRange.one(vma.mm, Event.CLEAR, start, stop, vma=vma.row)
     yield from invalidate_range_start(machine, range)
     for run in walk(machine, mm_root(machine, vma.mm), start, stop):
@@ -164,11 +164,9 @@ def _free_words(machine: Machine, row: int, pages: int) -> None:
     given_up = ~kept | (once & ~in_swap)
     if (kept & given_up).any():
         set_flags(machine, pfns[kept & given_up], off=PG_DIRTY)
-    rows, words, pfns, flags = rows[given_up], words[given_up], pfns[given_up], flags[given_up]
+    rows, words, pfns = rows[given_up], words[given_up], pfns[given_up]
     machine.write("pte", as_rows(rows), words & np.uint64(~(ACCESSED | DIRTY) & _ALL))
-    lazy = (flags & (PG_ANON | PG_SWAPBACKED | PG_LRU)) == (PG_ANON | PG_SWAPBACKED | PG_LRU)
-    if lazy.any():
-        set_flags(machine, np.unique(pfns[lazy]), off=PG_SWAPBACKED)
+    mark_page_lazyfree(machine, pfns)
 
 
 _ALL = (1 << 64) - 1
@@ -222,6 +220,7 @@ def _cold(machine: Machine, vma: Vma, prev: Vma | None, start: int, stop: int) -
 def _age(machine: Machine, vma: Vma, start: int, stop: int, *, reclaim: bool) -> Routine[None]:
     if vma.flags & (VM_LOCKED | VM_PFNMAP | VM_HUGETLB):
         raise _refuse(machine, vma, start, _EINVAL, "the pages are locked or special")
+    lru_add_drain(machine)
     for run in list(walk(machine, mm_root(machine, vma.mm), start, stop)):
         if run.row < 0:
             continue
@@ -248,6 +247,7 @@ def _populate(write: bool) -> Visit:
         if not check_vma_flags(vma, write):
             raise _refuse(machine, vma, start, _EINVAL, f"the mapping is {vma.permissions}")
         yield from faultin(machine, vma, start, stop, write)
+        lru_add_drain(machine)
         return vma_at(machine, vma.row)
 
     return populate

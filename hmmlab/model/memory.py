@@ -38,6 +38,7 @@ from hmmlab.model.entry import (
 from hmmlab.model.exclusive import remove_device_exclusive_entries
 from hmmlab.model.filemap import cached, read_pages
 from hmmlab.model.geometry import PMD_PAGES
+from hmmlab.model.lru import lru_add_drain
 from hmmlab.model.machine import Machine, Routine, kernel
 from hmmlab.model.mm_types import (
     VM_SHARED,
@@ -361,8 +362,10 @@ def do_swap_page(
             mine = maps == pagemap
             get_page(machine, pfns[mine])
             ops = machine.objects["pagemap"][pagemap]
-            yield from ops.migrate_to_ram(machine, vma, vpns[private][mine], pfns[mine])
-            put_page(machine, pfns[mine])
+            try:
+                yield from ops.migrate_to_ram(machine, vma, vpns[private][mine], pfns[mine])
+            finally:
+                put_page(machine, pfns[mine])
     swapped = is_swapped(words)
     if swapped.any():
         yield from _swap_in(machine, vma, vpns[swapped], numbers[swapped], words[swapped], write)
@@ -393,6 +396,8 @@ def _swap_in(
             around = read_range(machine, mm_root(machine, vma.mm), low, high)
             ahead = swap_offset(around[is_swapped(around)])
             swapin_readahead(machine, np.append(ahead, slots[0]), int(slots[0]))
+            if ahead.size:
+                lru_add_drain(machine)
             part = slice(at, at + 1)
             yield from _map_swapped(machine, vma, vpns[part], rows[part], words[part], write)
         at = part.stop

@@ -49,6 +49,7 @@ from hmmlab.model.entry import (
     swap_word,
 )
 from hmmlab.model.geometry import LEVEL_PAGES, PMD_PAGES, align_down
+from hmmlab.model.lru import lru_add_drain
 from hmmlab.model.machine import KernelError, Machine, Routine, kernel
 from hmmlab.model.mm_types import (
     VM_HUGETLB,
@@ -348,7 +349,7 @@ def _freeze(
 @kernel("mm/migrate_device.c")
 def migrate_device_unmap(machine: Machine, migrate: MigrateVma) -> Routine[None]:
     """Unmap the pages everywhere else, and give up those that somebody holds."""
-    machine.called("lru_add_drain")
+    lru_add_drain(machine)
     valid = np.flatnonzero(migrate.valid)
     if not valid.size:
         return

@@ -10,6 +10,7 @@ import numpy as np
 from hmmlab.model.filemap import new_file, put_file
 from hmmlab.model.geometry import USER_VPN_END
 from hmmlab.model.huge_memory import vma_adjust_trans_huge
+from hmmlab.model.lru import lru_add_drain
 from hmmlab.model.machine import KernelError, Machine, Routine, kernel
 from hmmlab.model.memory import unmap_page_range
 from hmmlab.model.mm_types import (
@@ -151,7 +152,7 @@ def do_munmap(machine: Machine, mm: int, start: int, stop: int) -> Routine[None]
         return
     above, _ = find_vma_prev(machine, mm, doomed[-1].end)
     _, below = find_vma_prev(machine, mm, doomed[0].start)
-    machine.called("lru_add_drain")
+    lru_add_drain(machine)
     yield from unmap_vmas(machine, mm, doomed, start, stop)
     machine.called("free_pgtables")
     free_pgtables(
@@ -171,6 +172,7 @@ def do_munmap(machine: Machine, mm: int, start: int, stop: int) -> Routine[None]
 def exit_mmap(machine: Machine, mm: int) -> Routine[None]:
     """The end of an address space: everybody is told, then all of it goes."""
     yield from mmu_notifier_release(machine, mm)
+    lru_add_drain(machine)
     doomed = list(vmas_of(machine, mm))
     if doomed:
         yield from unmap_vmas(machine, mm, doomed, 0, EVERYTHING)

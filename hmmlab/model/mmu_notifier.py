@@ -374,12 +374,20 @@ def mmu_interval_check_retry(machine: Machine, subscription: int, seq: int) -> b
 
 @kernel("mm/mmu_notifier.c", "__mmu_notifier_release")
 def mmu_notifier_release(machine: Machine, mm: int) -> Routine[None]:
-    """The address space ends: every interval is hit with RELEASE, and stays subscribed."""
+    """The address space ends: every interval is hit with RELEASE, and stays subscribed.
+
+    A classic notifier that has ``release(mm)`` is called, and all of them are gone then.
+    """
     if not mm_has_notifiers(machine, mm):
         return
     yield from _hit_intervals(machine, MmuNotifierRange.one(mm, Event.RELEASE, 0, EVERYTHING))
     _interval_end(machine, mm)
-    machine.write("notifier.mm", np.flatnonzero(machine["notifier.mm"] == mm), 0)
+    rows = np.flatnonzero(machine["notifier.mm"] == mm)
+    for row in rows.tolist():
+        release = getattr(machine.objects["notifier"][row], "release", None)
+        if release is not None:
+            yield from _maybe(release(mm))
+    machine.write("notifier.mm", rows, 0)
 
 
 # --- classic notifiers ----------------------------------------------------------------------------

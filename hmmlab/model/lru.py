@@ -1,0 +1,72 @@
+"""Pages on their way to another LRU list: a CPU gathers fifteen before it moves them.
+
+A page that waits in such a batch has one more reference. Of the batches only that of MADV_FREE can
+be seen from outside: until it is drained, a write fault finds a page held twice and copies it, and
+the page still counts as backed by swap.
+
+Source: mm/swap.c (``mark_page_lazyfree``, ``lru_add_drain``).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from hmmlab.model.entry import Pfns
+from hmmlab.model.machine import Machine
+from hmmlab.model.page import (
+    PG_ANON,
+    PG_LRU,
+    PG_SWAPBACKED,
+    get_page,
+    page_rows,
+    put_page,
+    set_flags,
+)
+
+__all__ = ["lru_add_drain", "mark_page_lazyfree"]
+
+#: Pages of one batch (``PAGEVEC_SIZE``).
+_BATCH = 15
+
+Machine.declare("lru.lazyfree", np.int64, "frames that wait in the batch of MADV_FREE")
+Machine.declare("lru.lazyfree_count", np.int32, "how many do")
+
+
+def mark_page_lazyfree(machine: Machine, pfns: Pfns) -> None:
+    """Let private frames that are in no swap cache be freed lazily, batch by batch."""
+    rows = page_rows(machine, pfns)
+    usual = PG_ANON | PG_LRU | PG_SWAPBACKED
+    suited = ((machine["page.flags"][rows] & usual) == usual) & (machine["page.swap"][rows] == 0)
+    pfns = pfns[suited]
+    get_page(machine, pfns)
+    waiting = np.concatenate([_waiting(machine), pfns])
+    full = waiting.size // _BATCH * _BATCH
+    _move(machine, waiting[:full])
+    _wait(machine, waiting[full:])
+
+
+def lru_add_drain(machine: Machine) -> None:
+    """Move all that wait to their lists."""
+    machine.called("lru_add_drain")
+    waiting = _waiting(machine)
+    if waiting.size:
+        _wait(machine, waiting[:0])
+        _move(machine, waiting)
+
+
+def _waiting(machine: Machine) -> Pfns:
+    return machine["lru.lazyfree"][: int(machine["lru.lazyfree_count"][0])].copy()
+
+
+def _wait(machine: Machine, pfns: Pfns) -> None:
+    if pfns.size:
+        machine.write("lru.lazyfree", slice(0, pfns.size), pfns)
+    machine.write("lru.lazyfree_count", 0, pfns.size)
+
+
+def _move(machine: Machine, pfns: Pfns) -> None:
+    rows = page_rows(machine, pfns)
+    lazy = pfns[machine["page.swap"][rows] == 0]
+    if lazy.size:
+        set_flags(machine, np.unique(lazy), off=PG_SWAPBACKED)
+    put_page(machine, pfns)
