@@ -53,17 +53,17 @@ class _Events:
         self.steps: list[Step] = []
         self.calls: list[tuple[int, str]] = []
 
-    def began(self, text: str, actor: str) -> None:
+    def began(self, number: int, text: str, actor: str) -> None:
         self.steps.clear()
         self.calls.clear()
 
-    def ended(self, result: Any) -> None:
+    def ended(self, number: int, result: Any) -> None:
         pass
 
     def wrote(self, column: str, rows: Rows, old: Any, new: Any) -> None:
         pass
 
-    def stepped(self, step: Step) -> None:
+    def stepped(self, number: int, step: Step) -> None:
         self.calls.extend(step.calls)
         if step.detail is not None:
             self.steps.append(step)

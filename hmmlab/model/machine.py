@@ -135,6 +135,7 @@ class Steps(Iterator[Step]):
         self.machine, self.text, self.actor, self._body = machine, text, actor, body
         self.started = self.ended = False
         self.result: Any = None
+        self.number = self._group = 0
 
     def __repr__(self) -> str:
         state = "ended" if self.ended else "running" if self.started else "not started"
@@ -145,10 +146,12 @@ class Steps(Iterator[Step]):
             raise StopIteration
         machine = self.machine
         outer, machine.actor = machine.actor, self.actor
+        machine.group, self._group = self._group, machine.group
         try:
             if not self.started:
                 self.started = True
-                machine.tell("began", self.text, self.actor.name)
+                self.number = machine.next_operation()
+                machine.tell("began", self.number, self.text, self.actor.name)
             step = next(self._body)
         except StopIteration as stop:
             self._end(stop.value, "It is done.")
@@ -158,7 +161,8 @@ class Steps(Iterator[Step]):
             raise
         finally:
             machine.actor = outer
-        machine.tell("stepped", step)
+            machine.group, self._group = self._group, machine.group
+        machine.tell("stepped", self.number, step)
         return step
 
     def _end(self, result: Any, text: str) -> None:
@@ -167,8 +171,8 @@ class Steps(Iterator[Step]):
             depth, function = self.actor.entered[-1]
             step = self.machine.step(text.replace("{", "{{").replace("}", "}}"))
             step = dataclasses.replace(step, function=function, depth=depth)
-            self.machine.tell("stepped", step)
-        self.machine.tell("ended", result)
+            self.machine.tell("stepped", self.number, step)
+        self.machine.tell("ended", self.number, result)
 
     def run(self) -> Any:
         """Run to the end and return the operation's answer.
@@ -266,7 +270,7 @@ class Machine(State):
         self.objects: dict[str, dict[int, Any]] = {}
         self._observers: list[Observer] = []
         self._lock_names: list[str] = []
-        self._group = self._groups = 0
+        self.group = self._groups = self._operations = 0
         for boot in self._boot:
             boot(self)
 
@@ -353,6 +357,11 @@ class Machine(State):
         return trace
 
     # --- who runs ---------------------------------------------------------------------------------
+    def next_operation(self) -> int:
+        """Number of an operation that begins."""
+        self._operations += 1
+        return self._operations
+
     def step(
         self,
         text: str,
@@ -370,21 +379,21 @@ class Machine(State):
         function = actor.stack[-1] if actor.stack else ""
         depth = max(len(actor.stack) - 1, 0)
         return Step(
-            function, depth, actor.name, mm, start, stop, text, calls, lock, detail, self._group
+            function, depth, actor.name, mm, start, stop, text, calls, lock, detail, self.group
         )
 
     @contextlib.contextmanager
     def bulk(self, iterations: int) -> Iterator[None]:
         """Mark the steps within as ``iterations`` of one loop, taken kind after kind."""
-        outermost = iterations > 1 and not self._group
+        outermost = iterations > 1 and not self.group
         if outermost:
             self._groups += 1
-            self._group = self._groups
+            self.group = self._groups
         try:
             yield
         finally:
             if outermost:
-                self._group = 0
+                self.group = 0
 
     def called(self, function: str, times: int = 1, up: int = 0) -> None:
         """Note calls of a function that takes no step of its own."""

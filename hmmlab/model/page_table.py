@@ -83,11 +83,11 @@ def _new_tables(machine: Machine, level: str, count: int) -> np.ndarray:
             np.arange(used + 1, used + 1 + fresh),
         ]
     )
-    machine.reserve(level, int((used + fresh + 1) * ENTRIES - 1))
     if recycled:
         machine.write("table.free", number, free - recycled)
     if fresh:
         machine.write("table.used", number, used + fresh)
+        machine.write(level, int((used + fresh + 1) * ENTRIES - 1), 0)  # so a replay has room too
     return tables
 
 

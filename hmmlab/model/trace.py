@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hmmlab.model.names import Names
-from hmmlab.model.state import Rows, State, row_numbers
+from hmmlab.model.state import Rows, State, row_numbers, unique_rows
 
 __all__ = ["Event", "Observer", "Operation", "Replay", "Step", "Trace", "Write"]
 
@@ -101,17 +101,17 @@ class Operation:
 class Observer(Protocol):
     """Who listens to a machine. Every method is called as it happens, in order."""
 
-    def began(self, text: str, actor: str) -> None:
-        """An operation begins."""
+    def began(self, number: int, text: str, actor: str) -> None:
+        """An operation begins; its ``number`` is its own, for several may run by turns."""
 
-    def ended(self, result: Any) -> None:
-        """The operation that began last, and has not ended, returns."""
+    def ended(self, number: int, result: Any) -> None:
+        """The operation ``number`` returns."""
 
     def wrote(self, column: str, rows: Rows, old: NDArray[Any], new: NDArray[Any]) -> None:
         """A column has changed; ``rows`` are unique."""
 
-    def stepped(self, step: Step) -> None:
-        """A step is complete."""
+    def stepped(self, number: int, step: Step) -> None:
+        """A step of the operation ``number`` is complete."""
 
 
 @dataclass
@@ -133,7 +133,7 @@ class Trace:
     operations: list[Operation] = field(default_factory=list)
     listeners: list[Callable[[], None]] = field(default_factory=list)
     _writes: list[Write] = field(default_factory=list)
-    _open: list[int] = field(default_factory=list)
+    _open: dict[int, int] = field(default_factory=dict)
 
     @property
     def names(self) -> Names:
@@ -146,22 +146,32 @@ class Trace:
     def __repr__(self) -> str:
         return f"Trace({len(self.operations)} operations, {len(self.events)} steps)"
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Everything but who listens."""
+        return {**vars(self), "listeners": []}
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether an operation has begun and not ended."""
+        return bool(self._open)
+
     # --- Observer ---------------------------------------------------------------------------------
-    def began(self, text: str, actor: str) -> None:
+    def began(self, number: int, text: str, actor: str) -> None:
         """Open a new operation."""
-        self._open.append(len(self.operations))
+        self._open[number] = len(self.operations)
         self.operations.append(Operation(text, actor, len(self.events)))
 
-    def ended(self, result: Any) -> None:
+    def ended(self, number: int, result: Any) -> None:
         """Close the operation; what was written after its last step belongs to that step."""
-        operation = self.operations[self._open[-1]]
-        if self._writes and len(self.events) > operation.first:
+        index = self._open[number]
+        operation = self.operations[index]
+        if self._writes and self.events and self.events[-1].operation == index:
             last = self.events.pop()
-            self.events.append(Event(last.step, last.operation, (*last.writes, *self._writes)))
+            self.events.append(Event(last.step, index, (*last.writes, *self._writes)))
             self._writes.clear()
         elif self._writes:
-            self.stepped(Step("", 0, operation.actor, 0, 0, 0, "It is done."))
-        self._open.pop()
+            self.stepped(number, Step("", 0, operation.actor, 0, 0, 0, "It is done."))
+        del self._open[number]
         operation.last, operation.result = len(self.events), result
         for listener in self.listeners:
             listener()
@@ -170,10 +180,9 @@ class Trace:
         """Keep one change for the event that is being made."""
         self._writes.append(Write(column, rows, old, new))
 
-    def stepped(self, step: Step) -> None:
+    def stepped(self, number: int, step: Step) -> None:
         """Turn the changes kept so far into one event."""
-        operation = self._open[-1] if self._open else -1
-        self.events.append(Event(step, operation, tuple(self._writes)))
+        self.events.append(Event(step, self._open.get(number, -1), tuple(self._writes)))
         self._writes.clear()
 
     # --- reading ----------------------------------------------------------------------------------
@@ -233,7 +242,7 @@ class Replay:
         """Rows of a column that the current step wrote."""
         event = self.event
         rows = [row_numbers(w.rows) for w in event.writes if w.column == column] if event else []
-        return np.unique(np.concatenate(rows)) if rows else np.zeros(0, np.int64)
+        return unique_rows(np.concatenate(rows)) if rows else np.zeros(0, np.int64)
 
     def __iter__(self) -> Iterator[Replay]:
         for position in range(self.position, len(self.trace) + 1):

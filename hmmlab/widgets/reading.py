@@ -35,6 +35,7 @@ __all__ = [
     "device_states",
     "frames",
     "inspect",
+    "page_frames",
 ]
 
 Codes = NDArray[np.uint8]
@@ -55,14 +56,14 @@ class Block:
 
 @dataclass(frozen=True, slots=True)
 class Frames:
-    """Frames in use, ascending in RAM, in the order of handing out on the device.
+    """Frames in use of one kind: how many, and some of them from number ``first`` on.
 
-    ``page_of`` tells which page maps a frame, as (mm, vpn).
+    ``cells`` are (pfn, mm, vpn) with a page that the frame holds; mm is 0 where there is none.
     """
 
-    ram: list[int]
-    device: list[int]
-    page_of: dict[int, tuple[int, int]]
+    total: int
+    first: int
+    cells: list[tuple[int, int, int]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,51 +184,74 @@ def _pages_of_rows(
     for root in roots if rows.size else []:
         for run in walk(state, root, start, stop):
             if run.row >= 0:
-                inside = rows[(rows >= run.row) & (rows < run.row + run.stop - run.start)]
-                pages[inside - run.row + run.start - start] = True
+                ends = np.searchsorted(rows, (run.row, run.row + run.stop - run.start))
+                pages[rows[slice(*ends)] - run.row + run.start - start] = True
     return pages
 
 
-def frames(state: State) -> Frames:
-    """The frames in use, and a page that maps each."""
+def frames(state: State, near: list[int], most: int) -> tuple[Frames, Frames]:
+    """Frames in use in RAM, ascending, and on the device, in the order of handing out.
+
+    Of many, ``most`` are read: those around a frame of ``near``, or else the first.
+    """
     used = np.flatnonzero(state["page.refcount"][: state.used("page.refcount")])
     used = used[used != ZERO_PFN]
     ram = used[used < state.ram_pages]
-    # Rows of device memory ascend as frame numbers descend; both conversions are the same.
-    device = page_rows_inverse(state, used[used >= state.ram_pages])
-    pfns = np.concatenate([ram, device]) if device.size else ram
+    device = _device_pfns(state, used[used >= state.ram_pages])
+    holders = state["page.private"][page_rows(state, device)]
+    kinds = []
+    for pfns in (ram, device):
+        found = np.flatnonzero(np.isin(pfns, near))
+        first = int(found[0]) // most * most if found.size else 0
+        shown = pfns[first : first + most]
+        pages = _pages_of(state, shown)
+        if pfns is ram:
+            # The device's frames that a frame of RAM stands behind.
+            behind = np.isin(holders, shown)
+            owners = _pages_of(state, device[behind])
+            for pfn, owner in zip(holders[behind].tolist(), device[behind].tolist(), strict=True):
+                if owner in owners:
+                    pages.setdefault(pfn, owners[owner])
+        cells = [(pfn, *pages.get(pfn, (0, 0))) for pfn in shown.tolist()]
+        kinds.append(Frames(len(pfns), first, cells))
+    return kinds[0], kinds[1]
+
+
+def _pages_of(state: State, pfns: NDArray[np.int64]) -> dict[int, tuple[int, int]]:
+    """Find a page, as (mm, vpn), for each frame that one maps."""
     found = rmap_walk(state, pfns)
     mms = state["vma.mm"][found.vma]
-    page_of = {
-        int(pfns[which]): (int(mm), int(vpn))
-        for which, mm, vpn in zip(found.which, mms, found.vpn, strict=True)
-    }
-    backing = {int(b): int(d) for d, b in zip(device, _backing(state, device), strict=True)}
-    for frame, owner in backing.items():
-        if owner in page_of:
-            page_of.setdefault(frame, page_of[owner])
-    return Frames(ram.tolist(), device.tolist(), page_of)
+    columns = (pfns[found.which], mms, found.vpn)
+    return {pfn: (mm, vpn) for pfn, mm, vpn in zip(*(c.tolist() for c in columns), strict=True)}
 
 
-def page_rows_inverse(state: State, rows: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Frame numbers of rows of device memory."""
+def _device_pfns(state: State, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Frame numbers of rows of device memory, which ascend as frame numbers descend."""
     first = page_rows(state, np.array([state.ram_pages]))[0]
     return state.ram_pages + first - rows
 
 
-def _backing(state: State, device: NDArray[np.int64]) -> NDArray[np.int64]:
-    return state["page.private"][page_rows(state, device)]
+def page_frames(state: State, mm: int, vpn: int) -> list[int]:
+    """Frames of a page: the one that its word names, and the one that holds the data behind it."""
+    words = read_range(state, mm_root(state, mm), vpn, vpn + 1)
+    word = int(words[0])
+    if not word or (word & entry.SPECIAL and word & entry.PRESENT):
+        return []
+    present = bool(entry.is_present(words)[0])
+    pfn = int((entry.pfn_of if present else entry.swap_offset_pfn)(words)[0])
+    data = int(_data_frames(state, words)[0])
+    return [pfn, data] if data not in (0, pfn) else [pfn]
 
 
 # --- one page taken apart -------------------------------------------------------------------------
 
 _PRESENT_FIELDS = (
-    (63, 63, "NX", "no instruction may be fetched from here"),
+    (63, 63, "NX", "code here may not run"),
     (62, 46, "", ""),
-    (45, 12, "pfn", "the frame, stored inverted while PRESENT is clear"),
-    (11, 11, "SOFT_DIRTY", "written since the last clear_refs (software)"),
+    (45, 12, "pfn", "the frame"),
+    (11, 11, "SOFT_DIRTY", "written since clear_refs (software)"),
     (10, 10, "", ""),
-    (9, 9, "SPECIAL", "no struct page to count: the zero page"),
+    (9, 9, "SPECIAL", "the zero page: not counted"),
     (8, 8, "PROTNONE", "present, but nobody may access it"),
     (7, 7, "", ""),
     (6, 6, "DIRTY", "the CPU wrote here"),
@@ -239,11 +263,11 @@ _PRESENT_FIELDS = (
 )
 _SWAP_FIELDS = (
     (63, 59, "type", "what kind of entry this is"),
-    (58, 9, "offset", "stored inverted: the frame, and for a migration entry its age"),
+    (58, 9, "offset", "the frame (stored inverted)"),
     (8, 4, "", ""),
-    (3, 3, "EXCLUSIVE", "an anonymous page that nobody shares (swap only)"),
+    (3, 3, "EXCLUSIVE", "shared with nobody (swap only)"),
     (2, 2, "", ""),
-    (1, 1, "SOFT_DIRTY", "written since the last clear_refs"),
+    (1, 1, "SOFT_DIRTY", "written since clear_refs"),
     (0, 0, "PRESENT", "clear: the CPU faults here"),
 )
 _DEVICE_FIELDS = (
@@ -280,15 +304,10 @@ def inspect(state: State, mm: int, vpn: int, file: int) -> list[Section]:
         device = int(read_range(state, root, vpn, vpn + 1)[0])
         label = state.names.files.get(file, str(file))
         sections.append(_device_section(device, f"{label}'s page-table word"))
-    words = np.array([word], np.uint64)
-    if word and not (word & entry.SPECIAL and word & entry.PRESENT):
-        present = bool(entry.is_present(words)[0])
-        pfn = int((entry.pfn_of if present else entry.swap_offset_pfn)(words)[0])
-        sections.append(_frame_section(state, pfn, "Frame"))
-        data = int(_data_frames(state, words)[0])
-        if data != pfn and data:
-            sections.append(_frame_section(state, data, "Frame of RAM behind the device's"))
-    elif word:
+    titles = ("Frame", "Frame of RAM behind the device's")
+    for pfn, title in zip(page_frames(state, mm, vpn), titles, strict=False):
+        sections.append(_frame_section(state, pfn, title))
+    if word & entry.SPECIAL and word & entry.PRESENT:
         sections.append(
             Section("Frame", [("pfn", str(ZERO_PFN), "the zero page, which nobody counts")])
         )

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hmmlab.model.machine import Machine
-from hmmlab.model.state import State, first_and_last
+from hmmlab.model.state import State, first_and_last, unique_rows
 
 ROWS = st.lists(st.integers(0, 50_000), min_size=1, max_size=30, unique=True)
 
@@ -43,14 +43,19 @@ def test_first_and_last():
     assert first_and_last(np.zeros(0, np.int64)) == (0, -1)
 
 
+@given(st.lists(st.integers(-5, 5)))
+def test_unique_rows(rows):
+    assert unique_rows(np.array(rows, np.int64)).tolist() == sorted(set(rows))
+
+
 def test_add_counts_rows_that_repeat_and_is_recorded():
     machine = Machine(1024)
     trace = machine.record()
-    machine.tell("began", "test", "nobody")
+    machine.tell("began", 1, "test", "nobody")
     rows = np.array([7, 9, 7, 7])
     machine.add("page.refcount", rows, 2)
-    machine.tell("stepped", machine.step("added"))
-    machine.tell("ended", None)
+    machine.tell("stepped", 1, machine.step("added"))
+    machine.tell("ended", 1, None)
     assert machine["page.refcount"][[7, 9]].tolist() == [6, 2]
     replay = trace.replay()
     assert replay.state["page.refcount"][[7, 9]].tolist() == [0, 0]

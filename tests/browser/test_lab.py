@@ -1,0 +1,123 @@
+"""The lab as a newcomer meets it, and the widgets' foundations in it and in Voila."""
+
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat.v4 as nbf
+import pytest
+from playwright.sync_api import Page, expect
+
+from harness import (
+    hide_sidebar,
+    open_notebook,
+    open_voila,
+    run_all,
+    screenshot,
+    theme,
+    wait_for_notebook,
+)
+
+HMMLAB = str(Path(sys.executable).with_name("hmmlab"))
+
+# One widget on each of our three foundations, and a link from the first to the last.
+FOUNDATIONS = """
+import anywidget, bqplot, ipywidgets, traitlets
+
+class Echo(anywidget.AnyWidget):
+    _esm = '''export default { render({ model, el }) {
+        const show = () => el.textContent = "page " + model.get("page");
+        model.on("change:page", show);
+        show();
+    } }'''
+    page = traitlets.Int(7).tag(sync=True)
+
+slider = ipywidgets.IntSlider(7, description="page")
+echo = Echo()
+ipywidgets.link((slider, "value"), (echo, "page"))
+scales = {"x": bqplot.OrdinalScale(), "y": bqplot.LinearScale()}
+figure = bqplot.Figure(marks=[bqplot.Bars(x=["CPU", "device"], y=[3, 2], scales=scales)])
+ipywidgets.VBox([slider, echo, figure])
+"""
+
+
+def write_notebook(path: Path, *sources: str) -> None:
+    """Write a notebook as if saved after a run that failed: what it holds is not what will come."""
+    kernel = {"name": "python3", "display_name": "Python 3 (ipykernel)", "language": "python"}
+    stale = nbf.new_output("error", ename="Stale", evalue="from another day", traceback=[])
+    cells = [nbf.new_code_cell(source, outputs=[stale], execution_count=1) for source in sources]
+    notebook = nbf.new_notebook(cells=cells, metadata={"kernelspec": kernel})
+    path.write_text(nbf.writes(notebook))
+
+
+def check_foundations(page: Page) -> None:
+    expect(page.locator(".bqplot rect.bar")).to_have_count(2)
+    expect(page.get_by_text("page 7", exact=True)).to_be_visible()
+    page.get_by_role("slider").press("ArrowRight")
+    expect(page.get_by_text("page 8", exact=True)).to_be_visible()
+
+
+def test_the_lab_opens_at_the_first_notebook_and_asks_nothing(lab_server, page):
+    page.goto(lab_server.address)
+    first = min(lab_server.notebooks.glob("*.ipynb")).name
+    wait_for_notebook(page, first)
+    page.wait_for_load_state("networkidle")
+    expect(page.get_by_role("tab", name=first)).to_be_visible()
+    expect(page.get_by_role("dialog")).to_have_count(0)
+    expect(page.locator(".Toastify__toast")).to_have_count(0)
+    screenshot(page, "lab-first-sight")
+
+
+def test_widgets_draw_and_answer_in_the_lab(lab_server, page):
+    write_notebook(lab_server.notebooks / "foundations.ipynb", FOUNDATIONS)
+    open_notebook(page, "foundations")
+    run_all(page)
+    check_foundations(page)
+    hide_sidebar(page)
+    screenshot(page, "foundations-light")
+    theme(page, "dark")
+    screenshot(page, "foundations-dark")
+
+
+def test_widgets_draw_and_answer_in_voila(voila_server, voila_page):
+    write_notebook(voila_server.notebooks / "foundations.ipynb", FOUNDATIONS)
+    open_voila(voila_page, "foundations")
+    check_foundations(voila_page)
+    screenshot(voila_page, "foundations-voila")
+
+
+def test_a_cell_that_raises_fails_the_run(lab_server, page):
+    write_notebook(lab_server.notebooks / "raises.ipynb", "1 + 1", "{}['frame']", "2 + 2")
+    open_notebook(page, "raises")
+    with pytest.raises(AssertionError, match="KeyError: 'frame'"):
+        run_all(page)
+
+
+def test_a_busy_port_gives_one_line():
+    with socket.socket() as busy:
+        busy.bind(("127.0.0.1", 0))
+        busy.listen()
+        port = busy.getsockname()[1]
+        done = lab("--no-browser", f"--port={port}")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.count("\n") == 1
+    assert f"port {port} is in use" in done.stderr
+
+
+def test_a_folder_without_notebooks_gives_one_line(tmp_path):
+    done = lab("--no-browser", f"--notebook-dir={tmp_path}")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.count("\n") == 1
+    assert f"no notebook in {tmp_path}" in done.stderr
+
+
+@pytest.mark.parametrize("arg", ["--ip=0.0.0.0", "--ServerApp.ip=0.0.0.0", "--LabApp.ip=0.0.0.0"])
+def test_the_lab_serves_this_computer_alone(arg):
+    done = lab("--no-browser", arg)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "it serves 127.0.0.1 alone" in done.stderr
+
+
+def lab(*args: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([HMMLAB, "lab", *args], capture_output=True, text=True)
