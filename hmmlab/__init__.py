@@ -20,6 +20,7 @@ from hmmlab.model.process import Process
 from hmmlab.model.region import Pages
 from hmmlab.model.test_hmm import Dmirror
 from hmmlab.model.trace import Replay, Step, Trace
+from hmmlab.saving import Saved, SaveError, load, save
 from hmmlab.scenario import ScenarioError
 from hmmlab.session import Session
 
@@ -35,10 +36,14 @@ __all__ = [
     "Pages",
     "Process",
     "Replay",
+    "SaveError",
+    "Saved",
     "ScenarioError",
     "Session",
     "Step",
     "Trace",
+    "load",
+    "save",
     "show",
 ]
 

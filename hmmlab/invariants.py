@@ -29,7 +29,7 @@ from hmmlab.model.entry import (
 )
 from hmmlab.model.geometry import ENTRIES, PMD_PAGES, USER_VPN_END
 from hmmlab.model.mm_types import mm_is_alive, mm_root, vmas_of
-from hmmlab.model.page import ZERO_PFN, page_rows
+from hmmlab.model.page import GUP_PIN_COUNTING_BIAS, PHYSICAL_PAGES, ZERO_PFN, page_rows
 from hmmlab.model.page_table import read_range, walk
 from hmmlab.model.state import State
 
@@ -94,9 +94,10 @@ def _counts(state: State) -> NDArray[np.int64]:
 
 
 def _mapcounts(state: State) -> Iterator[str]:
-    for row in np.flatnonzero(_counts(state) != state["page.mapcount"]).tolist():
+    counts = _counts(state)
+    for row in np.flatnonzero(counts != state["page.mapcount"]).tolist():
         yield (
-            f"frame row {row} is mapped {_counts(state)[row]} times, "
+            f"frame row {row} is mapped {counts[row]} times, "
             f"its mapcount is {state['page.mapcount'][row]}"
         )
 
@@ -115,6 +116,12 @@ def _references(state: State) -> Iterator[str]:
     swap_cache = state["swap.cache"]
     np.add.at(expected, swap_cache[swap_cache > 0], 1)
     np.add.at(expected, state["lru.lazyfree"][: int(state["lru.lazyfree_count"][0])], 1)
+    held = np.flatnonzero(state["held.pfn"])
+    claims = np.where(state["held.kind"][held] == 2, GUP_PIN_COUNTING_BIAS, 1)
+    np.add.at(expected, page_rows(state, state["held.pfn"][held]), claims)
+    zeros = int(state["huge_zero.pfn"][0])
+    if zeros:
+        expected[zeros : zeros + PMD_PAGES] += 1
     words = _everything_mapped(state)
     exclusive = words[is_swap_type(words) & is_device_exclusive(words)]
     np.add.at(expected, swap_offset_pfn(exclusive), 1)
@@ -125,6 +132,11 @@ def _references(state: State) -> Iterator[str]:
             f"frame row {row} has {state['page.refcount'][row]} references, "
             f"{expected[row]} are known"
         )
+
+
+def _pfns(state: State, rows: NDArray[np.int64]) -> Pfns:
+    """Frame numbers of rows of device memory."""
+    return state.ram_pages + PHYSICAL_PAGES - 1 - rows
 
 
 def _swap_counts(state: State) -> Iterator[str]:
@@ -151,7 +163,11 @@ def _free_lists(state: State) -> Iterator[str]:
             yield f"a frame on the free list of node {zone} is in use"
         first = zone * half
         used = int(state["zone.used"][zone])
-        in_use = int((state["page.refcount"][first : first + used] > 0).sum())
+        end = first + half
+        top = end - int(state["zone.huge"][zone])
+        spans = (slice(first, first + used), slice(max(top, first + used), end))
+        in_use = sum(int((state["page.refcount"][span] > 0).sum()) for span in spans)
+        used += end - top
         reserved = 1 if zone == 0 else 0  # frame 0 names nothing
         if used != in_use + free.size + reserved:
             lost = used - in_use - free.size - reserved

@@ -21,8 +21,10 @@ from hmmlab.model.madvise import ADVICE, sys_madvise
 from hmmlab.model.memory import Faults
 from hmmlab.model.mmap import KINDS, sys_mmap, sys_munmap
 from hmmlab.model.mmu_notifier import EVERYTHING, MmuNotifierRange
+from hmmlab.model.move_pages import sys_move_pages
 from hmmlab.model.mprotect import sys_mprotect
 from hmmlab.model.mremap import sys_mremap
+from hmmlab.model.pins import pin_user_pages, unpin_user_pages, vmsplice, vmsplice_end
 from hmmlab.model.process import Process
 from hmmlab.model.region import REGION_PAGES
 from hmmlab.model.state import Rows
@@ -35,7 +37,7 @@ from hmmlab.model.task_mmu import (
     clear_refs_soft_dirty,
     read_pagemap,
 )
-from hmmlab.model.test_hmm import PRIVATE_UNITS, Dmirror
+from hmmlab.model.test_hmm import UNITS, Dmirror
 from hmmlab.model.trace import Step, Trace
 from hmmlab.scenario import Operation, ScenarioError, Scope, parse_line
 
@@ -320,6 +322,30 @@ class Session:
         body = clear_refs_soft_dirty(self.machine, known.process.mm)
         return {"ret": self._run(operation, known, body)[0]}
 
+    def _move_pages(
+        self, operation: Operation, known: _Known, args: dict[str, Any]
+    ) -> dict[str, Any]:
+        process, start, stop = self._span(known, args)
+        body = sys_move_pages(self.machine, process.mm, start, stop, args["node"])
+        ret, found = self._run(operation, known, body)
+        return {"status": found[1].tolist(), "ret": ret or found[0]}
+
+    def _hold(self, operation: Operation, known: _Known, args: dict[str, Any]) -> dict[str, Any]:
+        process, start, stop = self._span(known, args)
+        ret, held = self._run(operation, known, vmsplice(self.machine, process.mm, start, stop))
+        return {"ret": ret or held}
+
+    def _unhold(self, operation: Operation, known: _Known, args: dict[str, Any]) -> dict[str, Any]:
+        body = vmsplice_end(self.machine, known.process.mm)
+        return {"ret": self._run(operation, known, body)[0]}
+
+    def _pin(self, operation: Operation, known: _Known, args: dict[str, Any]) -> dict[str, Any]:
+        return self._call(pin_user_pages, operation, known)
+
+    def _unpin(self, operation: Operation, known: _Known, args: dict[str, Any]) -> dict[str, Any]:
+        body = unpin_user_pages(self.machine, known.process.mm)
+        return {"ret": self._run(operation, known, body)[0]}
+
     def _load(self, operation: Operation, known: _Known, args: dict[str, Any]) -> dict[str, Any]:
         process, start, stop = self._span(known, args)
         body = user_access(self.machine, process.mm, start, stop)
@@ -424,7 +450,7 @@ def check_supported(operation: Operation) -> None:
     missing = not hasattr(Session, f"_{operation.verb}")
     missing |= operation.verb == "mmap" and args["kind"] not in KINDS
     missing |= operation.verb == "madvise" and args["advice"] not in ADVICE
-    missing |= operation.verb == "open" and args["unit"] not in PRIVATE_UNITS
+    missing |= operation.verb == "open" and args["unit"] not in UNITS
     if missing:
         raise UnsupportedError(f"the model does not have {operation.text!r} yet")
 

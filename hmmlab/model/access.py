@@ -11,6 +11,8 @@ import numpy as np
 
 from hmmlab.model.entry import ACCESSED, DIRTY, PRESENT, RW, Bools, Pfns, Words, pfn_of
 from hmmlab.model.filemap import cached
+from hmmlab.model.geometry import PMD_PAGES
+from hmmlab.model.huge_memory import leaders_of_blocks, split_huge_pmd, will_be_huge
 from hmmlab.model.machine import KernelError, Machine, Routine, kernel
 from hmmlab.model.memory import fault_around_window, handle_mm_fault
 from hmmlab.model.mm_types import (
@@ -26,7 +28,7 @@ from hmmlab.model.mm_types import (
     vma_lookup,
 )
 from hmmlab.model.page import as_rows, get_page, page_rows
-from hmmlab.model.page_table import read_range, rows_of
+from hmmlab.model.page_table import huge_blocks, read_range, rows_of
 
 __all__ = ["SIGBUS", "SIGSEGV", "check_vma_flags", "faultin", "get_user_pages", "user_access"]
 
@@ -102,20 +104,40 @@ def _access_in_vma(
 
 
 def _touch(
-    machine: Machine, vma: Vma, start: int, stop: int, write: bool, fault: Fault
+    machine: Machine,
+    vma: Vma,
+    start: int,
+    stop: int,
+    write: bool,
+    fault: Fault,
+    *,
+    split: bool = False,
 ) -> Routine[Words]:
     """Fault until every page of a part of a mapping is there; returns the words."""
     wanted = PRESENT | RW if write else PRESENT
+    vpns = np.arange(start, stop)
     for _ in range(_ENDLESS):
+        huge = huge_blocks(machine, mm_root(machine, vma.mm), vpns) if split else np.zeros(0, bool)
+        for vpn in vpns[leaders_of_blocks(vpns, huge)].tolist() if huge.any() else ():
+            yield from split_huge_pmd(machine, vma, vpn - vpn % PMD_PAGES, vpn)
         words = read_range(machine, mm_root(machine, vma.mm), start, stop)
         lacking = (words & wanted) != wanted
         if not lacking.any():
             return words
-        vpns = start + np.flatnonzero(lacking)
-        if not write and vma.file:
-            vpns = _faulting(machine, vma, vpns, words[lacking] == 0)
-        yield from fault(machine, vma, vpns, write)
+        faulting = vpns[lacking]
+        if vma.is_anonymous:
+            faulting = faulting[~_brought_by_huge_pages(machine, vma, faulting)]
+        elif not write:
+            faulting = _faulting(machine, vma, faulting, words[lacking] == 0)
+        yield from fault(machine, vma, faulting, write)
     raise KernelError(0, f"the access to page {start:#x} faults forever", signal=SIGBUS)
+
+
+def _brought_by_huge_pages(machine: Machine, vma: Vma, vpns: Pfns) -> Bools:
+    """Which of ``vpns`` do not fault, because the first of their 2 MiB brings all."""
+    huge = huge_blocks(machine, mm_root(machine, vma.mm), vpns)
+    huge |= will_be_huge(machine, vma, vpns)
+    return huge & ~leaders_of_blocks(vpns, huge)
 
 
 def _faulting(machine: Machine, vma: Vma, vpns: Pfns, empty: Bools) -> Pfns:
@@ -157,7 +179,14 @@ def check_vma_flags(vma: Vma, write: bool) -> bool:
 
 
 def faultin(
-    machine: Machine, vma: Vma, start: int, stop: int, write: bool, remote: bool = False
+    machine: Machine,
+    vma: Vma,
+    start: int,
+    stop: int,
+    write: bool,
+    *,
+    remote: bool = False,
+    split: bool = False,
 ) -> Routine[Words]:
     """Make pages of one mapping present, or writable, as an access would; returns their words.
 
@@ -170,16 +199,25 @@ def faultin(
     words = np.zeros(stop - start, np.uint64)
     for first, last in machine.chunks(start, stop):
         with machine.bulk(last - first):
-            part = yield from _touch(machine, vma, first, last, write, fault)
+            part = yield from _touch(machine, vma, first, last, write, fault, split=split)
             words[first - start : last - start] = part
     return words
 
 
 @kernel("mm/gup.c")
 def get_user_pages(
-    machine: Machine, mm: int, start: int, stop: int, write: bool, remote: bool = False
+    machine: Machine,
+    mm: int,
+    start: int,
+    stop: int,
+    write: bool,
+    *,
+    remote: bool = False,
+    split: bool = False,
 ) -> Routine[Pfns]:
     """Frames of pages from ``start`` on, with a reference to each; as far as that goes.
+
+    ``split`` says that huge PMD words are split on the way (FOLL_SPLIT_PMD).
 
     Raises
     ------
@@ -194,7 +232,7 @@ def get_user_pages(
             break
         end = min(stop, vma.end)
         try:
-            words = yield from faultin(machine, vma, at, end, write, remote)
+            words = yield from faultin(machine, vma, at, end, write, remote=remote, split=split)
         except KernelError:
             break
         found = np.concatenate([found, pfn_of(words)])

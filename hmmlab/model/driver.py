@@ -50,7 +50,7 @@ from hmmlab.model.mmu_notifier import (
     mmu_interval_read_retry,
     mmu_interval_set_seq,
 )
-from hmmlab.model.page import as_rows, is_zone_device, page_rows
+from hmmlab.model.page import as_rows, is_device_private_page, page_rows
 from hmmlab.model.page_table import (
     alloc_tables,
     free_pgtables,
@@ -234,7 +234,7 @@ class Driver:
 
     def backing(self, pfns: Pfns) -> Pfns:
         """Frames that hold the data of ``pfns``: themselves, unless the device says otherwise."""
-        device = is_zone_device(self.machine, pfns)
+        device = is_device_private_page(self.machine, pfns)
         if not device.any():
             return pfns
         return np.where(device, self.machine["page.private"][page_rows(self.machine, pfns)], pfns)

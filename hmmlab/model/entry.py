@@ -36,6 +36,7 @@ __all__ = [
     "HMM_PFN_REQ_WRITE",
     "HMM_PFN_VALID",
     "HMM_PFN_WRITE",
+    "HUGE",
     "MIGRATE_PFN_MIGRATE",
     "MIGRATE_PFN_VALID",
     "MIGRATE_PFN_WRITE",
@@ -101,6 +102,9 @@ PFN_MASK = ((1 << MAX_PHYSMEM_BITS) - 1) & ~((1 << PAGE_SHIFT) - 1)
 
 #: Flags of a word that points to a table: PRESENT, RW, USER, ACCESSED, DIRTY.
 TABLE = 0x67
+
+#: Bit of a PMD word that maps 2 MiB at once (_PAGE_PSE); see :mod:`hmmlab.model.page_table`.
+HUGE = 1 << 7
 
 #: What a change of protection keeps of a word (``_PAGE_CHG_MASK``).
 _KEPT_BY_PROTECTION = SPECIAL | ACCESSED | DIRTY | SOFT_DIRTY

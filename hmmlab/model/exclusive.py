@@ -37,8 +37,9 @@ from hmmlab.model.mmu_notifier import (
     invalidate_range_end,
     invalidate_range_start,
 )
-from hmmlab.model.page import PG_ANON, PG_DIRTY, PG_LOCKED, as_rows, page_rows, set_flags
+from hmmlab.model.page import PG_ANON, PG_DIRTY, PG_LOCKED, as_rows, frames_of, page_rows, set_flags
 from hmmlab.model.rmap import page_add_anon_rmap, page_remove_rmap, rmap_walk
+from hmmlab.model.state import unique_rows
 
 __all__ = ["make_device_exclusive", "remove_device_exclusive_entries", "restore_exclusive_ptes"]
 
@@ -54,28 +55,57 @@ def make_device_exclusive(
     ``mm``, and are mapped nowhere. They are locked.
     """
     rows = page_rows(machine, pfns)
-    flags = machine["page.flags"][rows]
+    flags, heads = machine["page.flags"][rows], machine["page.compound"][rows]
     usable = ((flags & PG_ANON) != 0) & ((flags & PG_LOCKED) == 0)
+    usable &= (heads == 0) | (heads == pfns)  # a huge page is asked for by its head
     valid = np.zeros(pfns.size, np.bool_)
     numbers = np.flatnonzero(usable)
     for first, last in machine.chunks(0, numbers.size):
         part = numbers[first:last]
         with machine.bulk(part.size):
-            valid[part] = yield from _make_exclusive(machine, mm, vpns[part], pfns[part], owner)
+            small = part[heads[part] == 0]
+            if small.size:
+                valid[small] = yield from _make_exclusive(
+                    machine, mm, vpns[small], pfns[small], owner, vpns[small]
+                )
+            for number in part[heads[part] != 0].tolist():  # over huge pages
+                valid[number] = yield from _make_huge_exclusive(
+                    machine, mm, int(vpns[number]), int(pfns[number]), owner
+                )
     return valid
 
 
+def _make_huge_exclusive(
+    machine: Machine, mm: int, vpn: int, head: int, owner: int
+) -> Routine[bool]:
+    """All that maps part of a huge page becomes exclusive with its head."""
+    pfns = frames_of(np.array([head]))
+    valid = yield from _make_exclusive(
+        machine, mm, vpn + np.arange(pfns.size), pfns, owner, np.full(pfns.size, vpn)
+    )
+    if valid.any():
+        set_flags(machine, pfns[1:], off=PG_LOCKED)
+    mapped = machine["page.mapcount"][page_rows(machine, pfns)] > 0
+    return bool(valid[0]) and not mapped.any()
+
+
 def _make_exclusive(
-    machine: Machine, mm: int, vpns: Pfns, pfns: Pfns, owner: int
+    machine: Machine, mm: int, vpns: Pfns, pfns: Pfns, owner: int, order: Pfns
 ) -> Routine[Bools]:
     valid = np.zeros(pfns.size, np.bool_)
     found = rmap_walk(machine, pfns).until_unmapped()
+    one_range = pfns.size > 1 and bool((order == order[0]).all())  # one huge page
     for vma in dict.fromkeys(found.vma.tolist()):
         place = found.only(found.vma == vma)
         where = int(machine["vma.mm"][vma])
+        low, high = int(place.vpn.min()), int(place.vpn.max()) + 1
         range = MmuNotifierRange.each(
-            where, Event.EXCLUSIVE, place.vpn, owner=owner, vma=vma, order=place.which
+            where, Event.EXCLUSIVE, place.vpn, owner=owner, vma=vma, order=order[place.which]
         )
+        if one_range:
+            range = MmuNotifierRange.one(
+                where, Event.EXCLUSIVE, low, high, owner=owner, vma=vma, order=order[:1]
+            )
         yield from invalidate_range_start(machine, range)
         mapped = place.only(place.maps)
         words = machine["pte"][mapped.row]
@@ -85,16 +115,13 @@ def _make_exclusive(
         valid[mapped.which[expected & writable]] = True
         dirty = frames[(words & DIRTY) != 0]
         if dirty.size:
-            set_flags(machine, np.unique(dirty), PG_DIRTY)
+            set_flags(machine, unique_rows(dirty), PG_DIRTY)
         kinds = np.where(writable, SWP_DEVICE_EXCLUSIVE_WRITE, SWP_DEVICE_EXCLUSIVE_READ)
         marks = np.where((words & SOFT_DIRTY) != 0, np.uint64(SWP_SOFT_DIRTY), np.uint64(0))
         machine.write("pte", mapped.row, swap_word(kinds, frames) | marks)
         page_remove_rmap(machine, frames)
         yield machine.step(
-            "The words of {range} name pages that the device has to itself.",
-            where,
-            int(place.vpn[0]),
-            int(place.vpn[-1]) + 1,
+            "The words of {range} name pages that the device has to itself.", where, low, high
         )
         yield from invalidate_range_end(machine, range)
     valid &= machine["page.mapcount"][page_rows(machine, pfns)] == 0

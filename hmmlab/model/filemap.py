@@ -42,6 +42,7 @@ __all__ = [
     "punch_hole",
     "put_file",
     "read_pages",
+    "replace_in_cache",
     "swap_out_of_cache",
 ]
 
@@ -132,6 +133,14 @@ def read_pages(machine: Machine, file: int, pages: Pfns) -> Pfns:
 def _rows_of_frames(state: State, pfns: Pfns) -> Pfns:
     """Row of ``cache.page`` for each frame of some files."""
     return state["file.first"][state["page.mapping"][pfns]] + state["page.index"][pfns]
+
+
+def replace_in_cache(machine: Machine, old: Pfns, new: Pfns) -> None:
+    """Let new frames stand in the caches of files for old ones."""
+    if old.size:
+        get_page(machine, new)
+        machine.write("cache.page", _rows_of_frames(machine, old), new)
+        put_page(machine, old)
 
 
 def drop_from_cache(machine: Machine, pfns: Pfns) -> None:

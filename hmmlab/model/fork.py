@@ -32,6 +32,8 @@ from hmmlab.model.entry import (
     swap_word,
 )
 from hmmlab.model.exclusive import restore_exclusive_ptes
+from hmmlab.model.geometry import PMD_PAGES
+from hmmlab.model.huge_memory import split_huge_pmd
 from hmmlab.model.machine import Machine, Routine, kernel
 from hmmlab.model.mm_types import (
     VM_DONTCOPY,
@@ -60,16 +62,16 @@ from hmmlab.model.mmu_notifier import (
     invalidate_range_start,
 )
 from hmmlab.model.page import (
-    GUP_PIN_COUNTING_BIAS,
     PG_ANON_EXCLUSIVE,
     PG_LRU,
     alloc_pages,
     as_rows,
+    folio_maybe_dma_pinned,
     get_page,
     page_rows,
     set_flags,
 )
-from hmmlab.model.page_table import alloc_tables, rows_of, walk
+from hmmlab.model.page_table import alloc_tables, rows_of, set_huge, walk
 from hmmlab.model.rmap import page_add_new_anon_rmap, page_dup_rmap
 from hmmlab.model.swap import swap_duplicate
 
@@ -114,12 +116,14 @@ def copy_page_range(machine: Machine, child: Vma, vma: Vma) -> Routine[None]:
     range = MmuNotifierRange.one(vma.mm, Event.PROTECTION_PAGE, vma.start, vma.end, vma=vma.row)
     if cow:
         yield from invalidate_range_start(machine, range)
+    yield from _split_pinned(machine, vma)
     for run in list(walk(machine, mm_root(machine, vma.mm), vma.start, vma.end)):
         if run.row < 0:
             continue
         alloc_tables(machine, mm_root(machine, child.mm), run.start, run.stop)
         used = np.flatnonzero(machine["pte"][run.row : run.row + run.stop - run.start])
-        for first, last in machine.chunks(0, used.size):
+        parts = [(0, used.size)] if run.huge else machine.chunks(0, used.size)
+        for first, last in parts:
             part = used[first:last]
             _copy_words(machine, child, vma, run.start + part, run.row + part)
             yield machine.step(
@@ -128,8 +132,23 @@ def copy_page_range(machine: Machine, child: Vma, vma: Vma) -> Routine[None]:
                 run.start + int(part[0]),
                 run.start + int(part[-1]) + 1,
             )
+        if run.huge:
+            for at in np.arange(run.start, run.stop, PMD_PAGES).tolist():  # over PMD words
+                set_huge(machine, mm_root(machine, child.mm), at, huge=True)
     if cow:
         yield from invalidate_range_end(machine, range)
+
+
+def _split_pinned(machine: Machine, vma: Vma) -> Routine[None]:
+    """Split the PMD words of huge pages that may be pinned, so that their frames are copied."""
+    for run in list(walk(machine, mm_root(machine, vma.mm), vma.start, vma.end)):
+        if not run.huge:
+            continue
+        words = machine["pte"][run.row : run.row + run.stop - run.start]
+        normal = (words & SPECIAL) == 0
+        pinned = run.start + np.flatnonzero(_must_copy(machine, pfn_of(words), normal))
+        for block in np.unique(pinned // PMD_PAGES).tolist():  # over PMD words
+            yield from split_huge_pmd(machine, vma, block * PMD_PAGES)
 
 
 def _copy_words(
@@ -175,7 +194,7 @@ def _must_copy(machine: Machine, pfns: Pfns, normal: Bools) -> Bools:
     """Which pages may be pinned, so that the child must not share them."""
     rows = page_rows(machine, np.where(normal, pfns, 0))
     exclusive = (machine["page.flags"][rows] & PG_ANON_EXCLUSIVE) != 0
-    return normal & exclusive & (machine["page.refcount"][rows] >= GUP_PIN_COUNTING_BIAS)
+    return normal & exclusive & folio_maybe_dma_pinned(machine, np.where(normal, pfns, 0))
 
 
 def _copied(machine: Machine, child: Vma, vpns: Pfns, pfns: Pfns) -> Words:

@@ -16,6 +16,7 @@ import numpy as np
 
 from hmmlab.model.entry import (
     HMM_PFN_ERROR,
+    HMM_PFN_ORDER_SHIFT,
     HMM_PFN_REQ_FAULT,
     HMM_PFN_REQ_WRITE,
     HMM_PFN_VALID,
@@ -33,7 +34,7 @@ from hmmlab.model.entry import (
     swap_offset_pfn,
     swap_type,
 )
-from hmmlab.model.geometry import LEVEL_PAGES, PMD_PAGES, align_down
+from hmmlab.model.geometry import LEVEL_PAGES, LEVEL_SHIFT, PMD_PAGES, align_down
 from hmmlab.model.machine import KernelError, Machine, Routine, kernel
 from hmmlab.model.memory import handle_mm_fault
 from hmmlab.model.mm_types import (
@@ -51,6 +52,8 @@ from hmmlab.model.page import pagemap_of
 from hmmlab.model.page_table import Run, walk
 
 __all__ = ["HmmRange", "hmm_range_fault"]
+
+PMD_ORDER = LEVEL_SHIFT["pmd"]
 
 _EBUSY, _EFAULT, _EINVAL, _EPERM = 16, 14, 22, 1
 
@@ -159,6 +162,8 @@ def walk_page_range(machine: Machine, range: HmmRange, start: int) -> Routine[No
                 for run in walk(machine, mm_root(machine, range.mm), at, end):
                     if run.row < 0:
                         yield from _walk_hole(machine, range, vma, run)
+                    elif run.huge:
+                        yield from _walk_huge(machine, range, vma, run)
                     else:
                         yield from hmm_vma_walk_pmd(machine, range, vma, run)
         yield machine.step("It has looked at {range}.", range.mm, at, end)
@@ -227,6 +232,29 @@ def hmm_vma_walk_pmd(machine: Machine, range: HmmRange, vma: Vma, run: Run) -> R
     write = bool(asked[stop] & HMM_PFN_REQ_WRITE) and not cpu_flags[stop] & HMM_PFN_WRITE
     end = min(run.stop, align_down(at, PMD_PAGES) + PMD_PAGES)
     yield from hmm_vma_fault(machine, vma, at, end, write)
+
+
+def _walk_huge(machine: Machine, range: HmmRange, vma: Vma, run: Run) -> Routine[None]:
+    """Pages that PMD words map: each word answers for all of them, or all of them are faulted.
+
+    Source: mm/hmm.c (``hmm_vma_handle_pmd``).
+    """
+    at = run.start
+    while at < run.stop:  # over PMD words
+        end = min(run.stop, align_down(at, PMD_PAGES) + PMD_PAGES)
+        words = machine["pte"][run.row + at - run.start : run.row + end - run.start]
+        answers, cpu_flags, _ = _answers(machine, range, words)
+        asked = range.request(at, end)
+        lacking = _lacking(asked, cpu_flags)
+        machine.called("hmm_vma_walk_pmd")
+        if range.asks and lacking.any():
+            no_write = (cpu_flags & HMM_PFN_WRITE) == 0
+            write = bool((lacking & ((asked & HMM_PFN_REQ_WRITE) != 0) & no_write).any())
+            yield from hmm_vma_fault(machine, vma, at, end, write)
+        order = np.uint64(PMD_ORDER << HMM_PFN_ORDER_SHIFT)
+        valid = (cpu_flags & HMM_PFN_VALID) != 0
+        range.fill(at, end, np.where(valid, answers | order, answers))
+        at = end
 
 
 def _lacking(asked: Words, cpu_flags: Words) -> Bools:

@@ -22,6 +22,7 @@ from hmmlab.model.page import (
     put_page,
     set_flags,
 )
+from hmmlab.model.state import unique_rows
 
 __all__ = ["lru_add_drain", "mark_page_lazyfree"]
 
@@ -68,5 +69,5 @@ def _move(machine: Machine, pfns: Pfns) -> None:
     rows = page_rows(machine, pfns)
     lazy = pfns[machine["page.swap"][rows] == 0]
     if lazy.size:
-        set_flags(machine, np.unique(lazy), off=PG_SWAPBACKED)
+        set_flags(machine, unique_rows(lazy), off=PG_SWAPBACKED)
     put_page(machine, pfns)

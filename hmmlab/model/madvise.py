@@ -21,9 +21,12 @@ from hmmlab.model.entry import (
     swap_offset,
 )
 from hmmlab.model.filemap import punch_hole
+from hmmlab.model.geometry import PMD_PAGES
+from hmmlab.model.khugepaged import collapse_range, may_collapse
 from hmmlab.model.lru import lru_add_drain, mark_page_lazyfree
 from hmmlab.model.machine import KernelError, Machine, Routine, kernel
 from hmmlab.model.memory import unmap_page_range
+from hmmlab.model.migration import split_huge_page
 from hmmlab.model.mm_types import (
     VM_DONTCOPY,
     VM_HUGEPAGE,
@@ -58,6 +61,7 @@ from hmmlab.model.page import (
     set_flags,
 )
 from hmmlab.model.page_table import walk
+from hmmlab.model.state import unique_rows
 from hmmlab.model.swap import folio_free_swap, free_swap_and_cache
 from hmmlab.model.vmscan import reclaim_pages
 
@@ -139,6 +143,7 @@ def _free(machine: Machine, vma: Vma, prev: Vma | None, start: int, stop: int) -
     lru_add_drain(machine)
     range = MmuNotifierRange.one(vma.mm, Event.CLEAR, start, stop, vma=vma.row)
     yield from invalidate_range_start(machine, range)
+    yield from _split_partly_covered(machine, vma, start, stop)
     for run in walk(machine, mm_root(machine, vma.mm), start, stop):
         if run.row >= 0:
             _free_words(machine, run.row, run.stop - run.start)
@@ -156,10 +161,13 @@ def _free_words(machine: Machine, row: int, pages: int) -> None:
         free_swap_and_cache(machine, swap_offset(words[swapped]))
     rows, words, pfns = _small_pages(machine, rows, words)
     frames = page_rows(machine, pfns)
+    # A huge page that others map too is left alone.
+    own = (machine["page.compound"][frames] == 0) | (machine["page.mapcount"][frames] == 1)
+    rows, words, pfns, frames = rows[own], words[own], pfns[own], frames[own]
     flags = machine["page.flags"][frames]
     kept = (machine["page.swap"][frames] != 0) | ((flags & PG_DIRTY) != 0)
     once = machine["page.mapcount"][frames] == 1
-    folio_free_swap(machine, np.unique(pfns[kept & once]))
+    folio_free_swap(machine, unique_rows(pfns[kept & once]))
     in_swap = machine["page.swap"][frames] != 0
     given_up = ~kept | (once & ~in_swap)
     if (kept & given_up).any():
@@ -167,6 +175,23 @@ def _free_words(machine: Machine, row: int, pages: int) -> None:
     rows, words, pfns = rows[given_up], words[given_up], pfns[given_up]
     machine.write("pte", as_rows(rows), words & np.uint64(~(ACCESSED | DIRTY) & _ALL))
     mark_page_lazyfree(machine, pfns)
+
+
+def _split_partly_covered(machine: Machine, vma: Vma, start: int, stop: int) -> Routine[None]:
+    """Split huge pages that a range covers in part, or whose words are small, if mapped once."""
+    for run in list(walk(machine, mm_root(machine, vma.mm), start, stop)):
+        if run.row < 0:
+            continue
+        words = machine["pte"][run.row : run.row + run.stop - run.start]
+        normal = is_present(words) & ((words & SPECIAL) == 0)
+        frames = page_rows(machine, np.where(normal, pfn_of(words), 0))
+        heads = machine["page.compound"][frames]
+        vpns = np.arange(run.start, run.stop)
+        whole = run.huge & (vpns // PMD_PAGES * PMD_PAGES >= start)
+        whole &= vpns // PMD_PAGES * PMD_PAGES + PMD_PAGES <= stop
+        parts = (heads != 0) & ~whole & (machine["page.mapcount"][frames] == 1)
+        for head in dict.fromkeys(heads[parts].tolist()):
+            yield from split_huge_page(machine, head)
 
 
 _ALL = (1 << 64) - 1
@@ -221,6 +246,7 @@ def _age(machine: Machine, vma: Vma, start: int, stop: int, *, reclaim: bool) ->
     if vma.flags & (VM_LOCKED | VM_PFNMAP | VM_HUGETLB):
         raise _refuse(machine, vma, start, _EINVAL, "the pages are locked or special")
     lru_add_drain(machine)
+    yield from _split_partly_covered(machine, vma, start, stop)
     for run in list(walk(machine, mm_root(machine, vma.mm), start, stop)):
         if run.row < 0:
             continue
@@ -253,6 +279,16 @@ def _populate(write: bool) -> Visit:
     return populate
 
 
+def _collapse(machine: Machine, vma: Vma, prev: Vma | None, start: int, stop: int) -> Routine[Vma]:
+    """Make huge pages of all 2 MiB that lie wholly in the range."""
+    if not may_collapse(vma):
+        raise _refuse(machine, vma, start, _EINVAL, "the mapping cannot hold huge pages")
+    errno = yield from collapse_range(machine, vma, start, stop)
+    if errno:
+        raise _refuse(machine, vma, start, errno, "not all could be made huge")
+    return vma_at(machine, vma.row)
+
+
 # --- marks on the mapping -------------------------------------------------------------------------
 
 
@@ -274,6 +310,7 @@ _VISITS: dict[str, Visit] = {
     "remove": _remove,
     "pageout": _pageout,
     "cold": _cold,
+    "collapse": _collapse,
     "populate_read": _populate(write=False),
     "populate_write": _populate(write=True),
     "hugepage": _set(VM_HUGEPAGE, VM_NOHUGEPAGE),

@@ -38,6 +38,14 @@ from hmmlab.model.entry import (
 from hmmlab.model.exclusive import remove_device_exclusive_entries
 from hmmlab.model.filemap import cached, read_pages
 from hmmlab.model.geometry import PMD_PAGES
+from hmmlab.model.huge_memory import (
+    do_huge_pmd_anonymous_pages,
+    do_huge_pmd_wp_pages,
+    hugepage_vma_check,
+    leaders_of_blocks,
+    split_huge_pmds_across,
+    will_be_huge,
+)
 from hmmlab.model.lru import lru_add_drain
 from hmmlab.model.machine import Machine, Routine, kernel
 from hmmlab.model.mm_types import (
@@ -47,6 +55,7 @@ from hmmlab.model.mm_types import (
     anon_vma_prepare,
     mm_root,
     vm_page_prot,
+    vma_at,
 )
 from hmmlab.model.mmu_notifier import (
     Event,
@@ -63,6 +72,7 @@ from hmmlab.model.page import (
     ZERO_PFN,
     alloc_pages,
     as_rows,
+    frames_of,
     get_page,
     page_mapping,
     page_rows,
@@ -70,14 +80,22 @@ from hmmlab.model.page import (
     put_page,
     set_flags,
 )
-from hmmlab.model.page_table import alloc_tables, read_range, rows_of, walk
+from hmmlab.model.page_table import (
+    alloc_tables,
+    drop_table,
+    huge_blocks,
+    read_range,
+    rows_of,
+    rows_of_range,
+    walk,
+)
 from hmmlab.model.rmap import (
     page_add_anon_rmap,
     page_add_file_rmap,
     page_add_new_anon_rmap,
     page_remove_rmap,
 )
-from hmmlab.model.state import Rows, row_numbers
+from hmmlab.model.state import Rows, row_numbers, unique_rows
 from hmmlab.model.swap import (
     folio_free_swap,
     free_swap_and_cache,
@@ -88,7 +106,7 @@ from hmmlab.model.swap import (
     swapin_readahead,
 )
 
-__all__ = ["Faults", "fault_around_window", "handle_mm_fault", "unmap_page_range"]
+__all__ = ["Faults", "do_swap_page", "fault_around_window", "handle_mm_fault", "unmap_page_range"]
 
 #: Pages of the aligned window in which a read fault of a file maps what is cached.
 FAULT_AROUND = 16
@@ -124,13 +142,6 @@ def handle_mm_fault(
     machine.called("handle_mm_fault", vpns.size - 1, up=1)
     root = mm_root(machine, vma.mm)
     low, high = int(vpns[0]), int(vpns[-1]) + 1
-    if high - low == vpns.size:
-        alloc_tables(machine, root, low, high)
-    else:
-        for vpn in np.unique(vpns >> 9).tolist():  # over page tables
-            alloc_tables(machine, root, vpn << 9, (vpn << 9) + 1)
-    rows = rows_of(machine, root, vpns)
-    words = machine["pte"][rows].copy()
     yield machine.step(
         _fault_sentence(vpns, write, remote),
         vma.mm,
@@ -138,6 +149,15 @@ def handle_mm_fault(
         high,
         detail=Faults(vma.mm, vpns, write, remote),
     )
+    if hugepage_vma_check(vma) or huge_blocks(machine, root, vpns).any():
+        yield from _huge_faults(machine, vma, vpns, write)
+    if high - low == vpns.size:
+        alloc_tables(machine, root, low, high)
+    else:
+        for vpn in np.unique(vpns >> 9).tolist():  # over page tables
+            alloc_tables(machine, root, vpn << 9, (vpn << 9) + 1)
+    rows = rows_of(machine, root, vpns)
+    words = machine["pte"][rows].copy()
     empty = words == 0
     elsewhere = is_swap_type(words)
     shielded = ~empty & ~elsewhere & ((words & RW) == 0) if write else np.zeros_like(empty)
@@ -154,12 +174,39 @@ def handle_mm_fault(
     if ready.any():
         marks = ACCESSED | (DIRTY | SOFT_DIRTY if write else 0)
         machine.write("pte", _some(rows, ready), words[ready] | np.uint64(marks))
+        _mark_alike(machine, root, vpns[ready], marks)
         yield machine.step(
             "{range}: there already, so only the age changes.",
             vma.mm,
             int(vpns[ready][0]),
             int(vpns[ready][-1]) + 1,
         )
+
+
+def _huge_faults(machine: Machine, vma: Vma, vpns: Pfns, write: bool) -> Routine[None]:
+    """What faults do at the level of PMD words: fill with huge pages, or make those writable."""
+    leaders = leaders_of_blocks(vpns, will_be_huge(machine, vma, vpns))
+    if leaders.any():
+        yield from do_huge_pmd_anonymous_pages(machine, vma, vpns[leaders], write)
+    if not write:
+        return
+    vma = vma_at(machine, vma.row)
+    root = mm_root(machine, vma.mm)
+    huge = huge_blocks(machine, root, vpns)
+    if huge.any():
+        words = np.zeros(vpns.size, np.uint64)
+        words[huge] = machine["pte"][row_numbers(rows_of(machine, root, vpns[huge]))]
+        shielded = leaders_of_blocks(vpns, huge & ((words & RW) == 0))
+        if shielded.any():
+            yield from do_huge_pmd_wp_pages(machine, vma, vpns[shielded], vpns[shielded])
+
+
+def _mark_alike(machine: Machine, root: int, vpns: Pfns, marks: int) -> None:
+    """Words that one PMD word stands for stay alike."""
+    huge = vpns[huge_blocks(machine, root, vpns)]
+    for first in (np.unique(huge // PMD_PAGES) * PMD_PAGES).tolist():  # over page tables
+        rows = rows_of_range(machine, root, first, first + PMD_PAGES)
+        machine.write("pte", rows, machine["pte"][rows] | np.uint64(marks))
 
 
 def _some(rows: Rows, mask: NDArray[np.bool_]) -> Rows:
@@ -274,7 +321,7 @@ def do_wp_page(machine: Machine, vma: Vma, vpns: Pfns, rows: Rows, words: Words)
     exclusive = anon & ((flags & PG_ANON_EXCLUSIVE) != 0)
     alone = anon & ~exclusive
     _give_up_swap(machine, frames[alone])
-    alone &= machine["page.refcount"][at] == 1
+    alone &= _folio_ref_count(machine, at) == 1
     shared = normal & ~anon & bool(vma.flags & VM_SHARED)
     if shared.any():  # wp_page_shared
         set_flags(machine, frames[shared], PG_DIRTY)
@@ -298,11 +345,23 @@ def do_wp_page(machine: Machine, vma: Vma, vpns: Pfns, rows: Rows, words: Words)
         yield from wp_page_copy(machine, vma, vpns[copy], _some(rows, copy), words[copy])
 
 
+def _folio_ref_count(machine: Machine, rows: Pfns) -> NDArray[np.int64]:
+    """References to the pages, those to all of its frames for part of a huge page."""
+    counts = machine["page.refcount"][rows].astype(np.int64)
+    parts = np.flatnonzero(machine["page.compound"][rows])
+    if parts.size:
+        heads, which = np.unique(machine["page.compound"][rows[parts]], return_inverse=True)
+        frames = frames_of(heads).reshape(heads.size, PMD_PAGES)
+        mine = machine["page.compound"][frames] != 0  # some may be free, and used for other things
+        counts[parts] = (machine["page.refcount"][frames] * mine).sum(axis=1)[which]
+    return counts
+
+
 def _give_up_swap(machine: Machine, pfns: Pfns) -> None:
     """Take frames out of the swap cache where only that and one mapping hold them."""
     rows = page_rows(machine, pfns)
     cached = machine["page.swap"][rows] != 0
-    folio_free_swap(machine, np.unique(pfns[cached & (machine["page.refcount"][rows] == 2)]))
+    folio_free_swap(machine, unique_rows(pfns[cached & (machine["page.refcount"][rows] == 2)]))
 
 
 @kernel("mm/memory.c")
@@ -329,7 +388,7 @@ def wp_page_copy(machine: Machine, vma: Vma, vpns: Pfns, rows: Rows, words: Word
     )
     yield from invalidate_range_end(machine, range)
     put_page(machine, old[normal])
-    free_swap_cache(machine, np.unique(old[normal & (machine["page.swap"][at] != 0)]))
+    free_swap_cache(machine, unique_rows(old[normal & (machine["page.swap"][at] != 0)]))
 
 
 @kernel("mm/memory.c")
@@ -443,7 +502,9 @@ def unmap_page_range(
 
     Without ``even_cows``, pages of a file go and private copies of them stay.
     """
-    for run in walk(machine, mm_root(machine, vma.mm), start, stop):
+    root = mm_root(machine, vma.mm)
+    yield from split_huge_pmds_across(machine, vma, (start, stop))
+    for run in list(walk(machine, root, start, stop)):
         if run.row < 0:
             continue
         words = machine["pte"][run.row : run.row + run.stop - run.start]
@@ -454,6 +515,9 @@ def unmap_page_range(
             used = np.flatnonzero((words != 0) & is_present(words) & ~anon)
         for first, last in machine.chunks(0, used.size):
             yield from _zap(machine, vma, run.row, run.start, used[first:last])
+        if run.huge:
+            for first in np.arange(run.start, run.stop, PMD_PAGES).tolist():  # over page tables
+                drop_table(machine, root, first)
 
 
 def _zap(
@@ -471,7 +535,7 @@ def _zap(
     dirty = pfn_of(words[normal & ((words & DIRTY) != 0)])
     dirty = dirty[page_mapping(machine, dirty)]
     if dirty.size:
-        set_flags(machine, np.unique(dirty), PG_DIRTY)
+        set_flags(machine, unique_rows(dirty), PG_DIRTY)
     pfns = np.where(present, pfn_of(words), swap_offset_pfn(words))[held]
     cached = np.unique(pfns[machine["page.swap"][page_rows(machine, pfns)] != 0])
     page_remove_rmap(machine, pfns)

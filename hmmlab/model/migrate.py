@@ -16,7 +16,6 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from hmmlab.model.entry import (
-    ACCESSED,
     DIRTY,
     MIGRATE_PFN_MIGRATE,
     MIGRATE_PFN_VALID,
@@ -26,31 +25,25 @@ from hmmlab.model.entry import (
     SPECIAL,
     SWP_DEVICE_READ,
     SWP_DEVICE_WRITE,
-    SWP_MIG_DIRTY,
-    SWP_MIG_YOUNG,
-    SWP_MIGRATION_READ,
-    SWP_MIGRATION_READ_EXCLUSIVE,
-    SWP_MIGRATION_WRITE,
-    SWP_SOFT_DIRTY,
     Bools,
     Pfns,
     Words,
     is_device_private,
-    is_migration,
     is_present,
     is_swap_type,
     migrate_pfn,
     migrate_pfn_to_pfn,
     pfn_of,
     present_word,
-    swap_offset,
     swap_offset_pfn,
     swap_type,
     swap_word,
 )
 from hmmlab.model.geometry import LEVEL_PAGES, PMD_PAGES, align_down
+from hmmlab.model.huge_memory import split_huge_pmd
 from hmmlab.model.lru import lru_add_drain
 from hmmlab.model.machine import KernelError, Machine, Routine, kernel
+from hmmlab.model.migration import freeze, remove_migration_ptes, split_huge_page, try_to_migrate
 from hmmlab.model.mm_types import (
     VM_HUGETLB,
     VM_SPECIAL,
@@ -69,14 +62,14 @@ from hmmlab.model.mmu_notifier import (
 )
 from hmmlab.model.page import (
     GUP_PIN_COUNTING_BIAS,
-    PG_ANON,
     PG_ANON_EXCLUSIVE,
-    PG_DIRTY,
     PG_LOCKED,
     PG_LRU,
     ZERO_PFN,
+    alloc_pages,
     as_rows,
     get_page,
+    is_device_private_page,
     is_zone_device,
     page_mapping,
     page_rows,
@@ -86,11 +79,7 @@ from hmmlab.model.page import (
 )
 from hmmlab.model.page_table import alloc_tables, rows_of, walk
 from hmmlab.model.rmap import (
-    page_add_anon_rmap,
-    page_add_file_rmap,
     page_add_new_anon_rmap,
-    page_remove_rmap,
-    rmap_walk,
 )
 from hmmlab.model.state import row_numbers
 
@@ -99,6 +88,7 @@ __all__ = [
     "SELECT_DEVICE_PRIVATE",
     "SELECT_SYSTEM",
     "MigrateVma",
+    "migrate_device_coherent_pages",
     "migrate_device_finalize",
     "migrate_device_pages",
     "migrate_device_range",
@@ -223,7 +213,10 @@ def walk_page_range(machine: Machine, migrate: MigrateVma, vma: Vma) -> Routine[
     """Collect table by table; where no table is, nothing is there and may be filled."""
     low, high = int(migrate.vpns[0]), int(migrate.vpns[-1]) + 1
     table_by_table = machine.grain < PMD_PAGES
+    yield from _split_huge_pages(machine, vma, low, high)
     for run in walk(machine, mm_root(machine, vma.mm), low, high):
+        if run.huge:  # it could not be split
+            continue
         if run.row < 0:
             pages = LEVEL_PAGES[run.level]
             machine.called("migrate_vma_collect_hole", -(-run.stop // pages) - run.start // pages)
@@ -241,6 +234,20 @@ def walk_page_range(machine: Machine, migrate: MigrateVma, vma: Vma) -> Routine[
             if part.start < part.stop:
                 yield from migrate_vma_collect_pmd(machine, migrate, vma, part, row - at)
             at = end
+
+
+def _split_huge_pages(machine: Machine, vma: Vma, low: int, high: int) -> Routine[None]:
+    """Take apart what is huge, pages of zeros and pages of memory."""
+    for run in list(walk(machine, mm_root(machine, vma.mm), low, high)):
+        if not run.huge:
+            continue
+        for at in np.arange(align_down(run.start, PMD_PAGES), run.stop, PMD_PAGES).tolist():
+            word = machine["pte"][run.row + max(at, run.start) - run.start]
+            if word & np.uint64(SPECIAL):
+                yield from split_huge_pmd(machine, vma, at)
+            else:
+                head = int(machine["page.compound"][pfn_of(np.array([word]))[0]])
+                yield from split_huge_page(machine, head)
 
 
 @kernel("mm/migrate_device.c")
@@ -268,10 +275,12 @@ def migrate_vma_collect_pmd(
     page_flags, selected = machine["page.flags"][rows], np.zeros(vpns.size, np.bool_)
     if migrate.flags & SELECT_SYSTEM:
         selected |= normal & ~is_zone_device(machine, pfns)
+    owners = machine["pagemap.owner"][pagemap_of(machine, pfns)]
+    if migrate.flags & SELECT_DEVICE_COHERENT:
+        selected |= normal & is_zone_device(machine, pfns) & (owners == migrate.pgmap_owner)
     if migrate.flags & SELECT_DEVICE_PRIVATE:
-        owners = machine["pagemap.owner"][pagemap_of(machine, pfns)]
         selected |= private & (owners == migrate.pgmap_owner)
-    selected &= (page_flags & PG_LOCKED) == 0
+    selected &= ((page_flags & PG_LOCKED) == 0) & (machine["page.compound"][rows] == 0)
     exclusive = selected & ((page_flags & PG_ANON_EXCLUSIVE) != 0)
     # A page that may be pinned stays exclusive, and so stays where it is.
     pinned = exclusive & (machine["page.refcount"][rows] >= GUP_PIN_COUNTING_BIAS)
@@ -284,7 +293,7 @@ def migrate_vma_collect_pmd(
     src[selected & writable] |= np.uint64(MIGRATE_PFN_WRITE)
     migrate.cpages = int(migrate.migrating.sum())
     if selected.any():
-        _freeze(
+        freeze(
             machine,
             as_rows(vpns[selected] + offset),
             words[selected],
@@ -312,38 +321,6 @@ def _first_of_each(pfns: Pfns, among: Bools) -> Bools:
             first[:] = False
             first[members[at]] = True
     return first
-
-
-def _freeze(
-    machine: Machine,
-    word_rows: Pfns | slice | int,
-    words: Words,
-    pfns: Pfns,
-    writable: Bools,
-    exclusive: Bools,
-) -> None:
-    """Replace entries by migration entries; what they held, the migration holds from now on."""
-    present = is_present(words)
-    dirty = present & ((words & DIRTY) != 0)
-    young = present & ((words & ACCESSED) != 0)
-    soft_dirty = np.where(present, (words & SOFT_DIRTY) != 0, (words & SWP_SOFT_DIRTY) != 0)
-    kind = np.where(
-        writable,
-        SWP_MIGRATION_WRITE,
-        np.where(exclusive, SWP_MIGRATION_READ_EXCLUSIVE, SWP_MIGRATION_READ),
-    )
-    offset = pfns + np.where(young, SWP_MIG_YOUNG, 0) + np.where(dirty, SWP_MIG_DIRTY, 0)
-    entries = swap_word(kind, offset) | np.where(
-        soft_dirty, np.uint64(SWP_SOFT_DIRTY), np.uint64(0)
-    )
-    rows = as_rows(page_rows(machine, pfns))
-    flags = machine["page.flags"][rows] | np.uint32(PG_LOCKED)
-    flags = np.where(dirty, flags | np.uint32(PG_DIRTY), flags) & np.uint32(
-        ~PG_ANON_EXCLUSIVE & 0xFFFFFFFF
-    )
-    machine.write("page.flags", rows, flags)
-    machine.write("pte", word_rows, entries)
-    page_remove_rmap(machine, pfns)
 
 
 @kernel("mm/migrate_device.c")
@@ -381,38 +358,6 @@ def migrate_device_unmap(machine: Machine, migrate: MigrateVma) -> Routine[None]
         int(vpns[0]) if vma else 0,
         int(vpns[-1]) + 1 if vma else 0,
     )
-
-
-@kernel("mm/rmap.c")
-def try_to_migrate(machine: Machine, pfns: Pfns, order: Pfns) -> Routine[None]:
-    """Freeze every entry that maps one of ``pfns``, each inside a CLEAR of its page.
-
-    A mapping that could hold the page and does not gets the CLEAR too, until the page is found to
-    be mapped nowhere any more. ``order`` says in which iteration of the caller's loop each page is.
-    """
-    machine.called("try_to_migrate", pfns.size - 1, up=1)
-    found = rmap_walk(machine, pfns)
-    words = machine["pte"][np.maximum(found.row, 0)]
-    frozen = is_swap_type(words) & is_migration(words)
-    found = found._replace(maps=found.maps & ~frozen).until_unmapped()
-    for vma_row in dict.fromkeys(found.vma.tolist()):
-        place = found.only(found.vma == vma_row)
-        mm = int(machine["vma.mm"][vma_row])
-        range = MmuNotifierRange.each(
-            mm, Event.CLEAR, place.vpn, vma=vma_row, order=order[place.which]
-        )
-        yield from invalidate_range_start(machine, range)
-        mapped = place.only(place.maps)
-        if mapped.which.size:
-            frames, entries = pfns[mapped.which], machine["pte"][mapped.row]
-            writable = np.where(
-                is_present(entries), (entries & RW) != 0, swap_type(entries) == SWP_DEVICE_WRITE
-            )
-            flags = machine["page.flags"][page_rows(machine, frames)]
-            exclusive = (flags & PG_ANON_EXCLUSIVE) != 0
-            _freeze(machine, mapped.row, entries, frames, writable, exclusive)
-            put_page(machine, frames)
-        yield from invalidate_range_end(machine, range)
 
 
 # --- pages ----------------------------------------------------------------------------------------
@@ -488,7 +433,7 @@ def _fill_holes(machine: Machine, migrate: MigrateVma, vma: Vma, holes: Pfns) ->
     pfns = migrate.dst_pfns[holes]
     prot = vm_page_prot(vma.flags)
     writable = bool(vma.flags & VM_WRITE)
-    device = is_zone_device(machine, pfns)
+    device = is_device_private_page(machine, pfns)
     entries = np.where(
         device,
         swap_word(SWP_DEVICE_WRITE if writable else SWP_DEVICE_READ, pfns),
@@ -551,47 +496,6 @@ def _finalize_pages(machine: Machine, src: Pfns, dst: Pfns, valid: Bools, moved:
         put_page(machine, dst[moved])
 
 
-def remove_migration_ptes(machine: Machine, old: Pfns, new: Pfns) -> None:
-    """Let every migration entry of ``old`` map ``new`` instead, with the mapping's rights of now.
-
-    Writable only where the entry was and the mapping is; old unless it was young before.
-    """
-    machine.called("remove_migration_ptes", old.size)
-    found = rmap_walk(machine, old)
-    found = found.only(found.maps)
-    entries = machine["pte"][found.row]
-    frozen = is_swap_type(entries) & is_migration(entries)
-    found, entries = found.only(frozen), entries[frozen]
-    for vma_row in np.unique(found.vma).tolist():
-        mine = found.vma == vma_row
-        frames = new[found.which[mine]]
-        vma, place = vma_at(machine, vma_row), found.only(mine)
-        _thaw(machine, vma, place.vpn, place.row, entries[mine], frames)
-
-
-def _thaw(machine: Machine, vma: Vma, vpns: Pfns, rows: Pfns, entries: Words, pfns: Pfns) -> None:
-    offsets, kind = swap_offset(entries), swap_type(entries)
-    exclusive = kind != SWP_MIGRATION_READ
-    writable = (kind == SWP_MIGRATION_WRITE) & bool(vma.flags & VM_WRITE)
-    soft_dirty = (entries & np.uint64(SWP_SOFT_DIRTY)) != 0
-    frame_flags = machine["page.flags"][page_rows(machine, pfns)]
-    dirty = ((offsets & SWP_MIG_DIRTY) != 0) & ((frame_flags & PG_DIRTY) != 0)
-    words = present_word(pfns, vm_page_prot(vma.flags))
-    words = np.where((offsets & SWP_MIG_YOUNG) != 0, words, words & ~np.uint64(ACCESSED))
-    words = np.where(writable, words | np.uint64(RW), words & ~np.uint64(RW))
-    words = np.where(dirty, words | np.uint64(DIRTY | SOFT_DIRTY), words)
-    words = np.where(soft_dirty, words | np.uint64(SOFT_DIRTY), words)
-    device = swap_word(np.where(writable, SWP_DEVICE_WRITE, SWP_DEVICE_READ), pfns)
-    device = np.where(soft_dirty, device | np.uint64(SWP_SOFT_DIRTY), device)
-    get_page(machine, pfns)
-    anon = (frame_flags & PG_ANON) != 0
-    if anon.any():
-        page_add_anon_rmap(machine, pfns[anon], vma, vpns[anon], exclusive[anon])
-    if not anon.all():
-        page_add_file_rmap(machine, pfns[~anon])
-    machine.write("pte", as_rows(rows), np.where(is_zone_device(machine, pfns), device, words))
-
-
 # --- eviction -------------------------------------------------------------------------------------
 
 
@@ -612,3 +516,22 @@ def migrate_device_range(machine: Machine, pfns: Pfns, owner: int) -> Routine[Mi
         migrate.src[usable] = migrate_pfn(frames) | np.uint64(MIGRATE_PFN_MIGRATE)
     yield from migrate_device_unmap(machine, migrate)
     return migrate
+
+
+@kernel("mm/migrate_device.c", "migrate_device_coherent_page")
+def migrate_device_coherent_pages(machine: Machine, pfns: Pfns) -> Routine[None]:
+    """Bring device-coherent frames home to RAM, where they can be pinned, one by one."""
+    migrate = MigrateVma(None, np.arange(pfns.size), 0, 0)
+    get_page(machine, pfns)
+    set_flags(machine, pfns, PG_LOCKED)
+    migrate.src[:] = migrate_pfn(pfns) | np.uint64(MIGRATE_PFN_MIGRATE)
+    with machine.bulk(pfns.size):
+        yield from migrate_device_unmap(machine, migrate)
+    wanted = np.flatnonzero(migrate.migrating)
+    new = alloc_pages(machine, wanted.size)
+    set_flags(machine, new, PG_LOCKED)
+    content = machine["page.content"][page_rows(machine, pfns[wanted])]
+    machine.write("page.content", as_rows(new), content)
+    migrate.dst[wanted] = migrate_pfn(new)
+    yield from _migrate_pages(machine, migrate)
+    yield from _finalize(machine, migrate)

@@ -29,6 +29,7 @@ from hmmlab.model.entry import (
     swap_word,
     with_protection,
 )
+from hmmlab.model.huge_memory import split_huge_pmds_across
 from hmmlab.model.machine import KernelError, Machine, Routine, kernel
 from hmmlab.model.mm_types import (
     VM_ACCESS_FLAGS,
@@ -120,13 +121,14 @@ def change_protection(machine: Machine, vma: Vma, start: int, stop: int) -> Rout
     for first, last in populated_pmds(machine, root, start, stop):
         range = MmuNotifierRange.one(vma.mm, Event.PROTECTION_VMA, first, last, vma=vma.row)
         yield from invalidate_range_start(machine, range)
+        yield from split_huge_pmds_across(machine, vma, (first, last))
         changed = 0
         for run in walk(machine, root, first, last):
             if run.row < 0:
                 continue
             rows = slice(run.row, run.row + run.stop - run.start)
             words = machine["pte"][rows].copy()
-            protected = _protected(machine, vma, words)
+            protected = _protected(machine, vma, words, huge=run.huge)
             changed += int((protected != words).sum())
             machine.write("pte", rows, protected)
         yield machine.step(
@@ -138,13 +140,16 @@ def change_protection(machine: Machine, vma: Vma, start: int, stop: int) -> Rout
         yield from invalidate_range_end(machine, range)
 
 
-def _protected(machine: Machine, vma: Vma, words: Words) -> Words:
-    """Words with the rights that the mapping has now (``change_pte_range``)."""
+def _protected(machine: Machine, vma: Vma, words: Words, *, huge: bool) -> Words:
+    """Words with the rights that the mapping has now (``change_pte_range``).
+
+    A huge one never becomes writable here: its next write fault makes it so.
+    """
     changed = words.copy()
     present = is_present(words)
     if present.any():
         new = with_protection(words[present], vm_page_prot(vma.flags))
-        if vma.flags & VM_WRITE:
+        if vma.flags & VM_WRITE and not huge:
             new = np.where(_may_be_writable(machine, vma, new), new | np.uint64(RW), new)
         changed[present] = new
     special = np.flatnonzero(~present & (words != 0))

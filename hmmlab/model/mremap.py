@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from hmmlab.model.entry import SOFT_DIRTY, SWP_SOFT_DIRTY, is_present, is_swap_type
+from hmmlab.model.entry import HUGE, SOFT_DIRTY, SWP_SOFT_DIRTY, is_present, is_swap_type
 from hmmlab.model.geometry import PMD_PAGES, USER_VPN_END
+from hmmlab.model.huge_memory import split_huge_pmds_across
 from hmmlab.model.machine import KernelError, Machine, Routine, kernel
 from hmmlab.model.mm_types import (
     Vma,
@@ -84,11 +85,18 @@ def move_page_tables(machine: Machine, vma: Vma, start: int, stop: int, to: int)
     root = mm_root(machine, vma.mm)
     range = MmuNotifierRange.one(vma.mm, Event.UNMAP, start, stop, vma=vma.row)
     yield from invalidate_range_start(machine, range)
+    aligned = (to - start) % PMD_PAGES == 0
+    for run in list(walk(machine, root, start, stop)):
+        if run.huge:
+            edges: tuple[int, ...] = (run.start, run.stop)
+            if not aligned:
+                edges = tuple(np.arange(run.start | 1, run.stop, PMD_PAGES).tolist())
+            yield from split_huge_pmds_across(machine, vma, edges)
     for run in list(walk(machine, root, start, stop)):
         if run.row < 0:
             continue
         first, last = run.start, run.stop
-        if (to - start) % PMD_PAGES == 0:  # whole tables: their words keep every bit
+        if aligned:  # whole tables: their words keep every bit
             head = min(last, -(-first // PMD_PAGES) * PMD_PAGES)
             tail = max(head, last // PMD_PAGES * PMD_PAGES)
             _move_words(machine, root, first, head, to - start)
@@ -123,3 +131,6 @@ def _move_tables(machine: Machine, root: int, start: int, stop: int, shift: int)
         word = machine["pmd"][old]
         machine.write("pmd", old, 0)
         machine.write("pmd", new, word)
+        if word & np.uint64(HUGE):  # a huge word is marked like a small one
+            rows = rows_of_range(machine, root, at + shift, at + shift + PMD_PAGES)
+            machine.write("pte", rows, machine["pte"][rows] | np.uint64(SOFT_DIRTY))

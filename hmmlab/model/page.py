@@ -18,12 +18,14 @@ from typing import Protocol
 import numpy as np
 
 from hmmlab.model.entry import Pfns
-from hmmlab.model.geometry import MAX_PHYSMEM_BITS, PAGE_SHIFT, SECTION_PAGES
+from hmmlab.model.geometry import MAX_PHYSMEM_BITS, PAGE_SHIFT, PMD_PAGES, SECTION_PAGES
 from hmmlab.model.machine import KernelError, Machine
 from hmmlab.model.state import Rows, State
 
 __all__ = [
     "GUP_PIN_COUNTING_BIAS",
+    "MEMORY_DEVICE_COHERENT",
+    "MEMORY_DEVICE_PRIVATE",
     "PAGE_FLAGS",
     "PG_ANON",
     "PG_ANON_EXCLUSIVE",
@@ -35,13 +37,18 @@ __all__ = [
     "PHYSICAL_PAGES",
     "ZERO_PFN",
     "Pagemap",
+    "alloc_huge_pages",
     "alloc_pages",
     "as_rows",
+    "folio_maybe_dma_pinned",
+    "frames_of",
     "free_mem_region",
     "get_page",
+    "is_device_private_page",
     "is_zone_device",
     "memremap_pages",
     "memunmap_pages",
+    "node_of",
     "page_mapping",
     "page_rows",
     "pagemap_of",
@@ -77,18 +84,35 @@ Machine.declare("page.content", np.uint64, "the frame's first eight bytes")
 Machine.declare("page.mapping", np.int32, "number of the anon_vma or file that knows who maps it")
 Machine.declare("page.index", np.int64, "offset of the page in its mapping, in pages")
 Machine.declare("page.swap", np.int64, "slot of a frame in the swap cache; 0 for none")
+Machine.declare("page.compound", np.int64, "first frame of the huge page; 0 for a page of its own")
 Machine.declare("page.private", np.int64, "zone_device_data: the driver's own word")
 Machine.declare("zone.used", np.int64, "frames of a node that were handed out at least once")
 Machine.declare("zone.free", np.int64, "frames of a node on its free list")
+Machine.declare("zone.huge", np.int64, "frames of a node handed out from its end, 512 at a time")
 Machine.declare("zone.free_list.0", np.int64, "free list of node 0")
 Machine.declare("zone.free_list.1", np.int64, "free list of node 1")
 Machine.declare("section.pagemap", np.int32, "pagemap of a section of device memory, from the top")
 Machine.declare("pagemap.first", np.int64, "first frame of a pagemap")
 Machine.declare("pagemap.last", np.int64, "frame past the last of a pagemap")
-Machine.declare("pagemap.owner", np.int32, "device whose private memory this is")
+Machine.declare("pagemap.owner", np.int32, "device whose memory this is")
+Machine.declare("pagemap.type", np.int32, "1 device-private, 2 device-coherent")
 
 
-_COLUMNS = ("refcount", "mapcount", "flags", "content", "mapping", "index", "swap", "private")
+_COLUMNS = (
+    "refcount",
+    "mapcount",
+    "flags",
+    "content",
+    "mapping",
+    "index",
+    "swap",
+    "compound",
+    "private",
+)
+
+
+MEMORY_DEVICE_PRIVATE = 1
+MEMORY_DEVICE_COHERENT = 2
 
 
 class Pagemap(Protocol):
@@ -124,6 +148,28 @@ def as_rows(rows: Pfns) -> Rows:
 def is_zone_device(state: State, pfns: Pfns) -> np.ndarray:
     """Whether frames are device memory, bool of the shape of ``pfns``."""
     return pfns >= state.ram_pages
+
+
+def is_device_private_page(state: State, pfns: Pfns) -> np.ndarray:
+    """Whether frames are device memory that the CPU cannot reach, bool of their shape."""
+    device = is_zone_device(state, pfns)
+    if not device.any():
+        return device
+    kinds = state["pagemap.type"][pagemap_of(state, np.where(device, pfns, 0))]
+    return device & (kinds == MEMORY_DEVICE_PRIVATE)
+
+
+def folio_maybe_dma_pinned(state: State, pfns: Pfns) -> np.ndarray:
+    """Whether frames, or others of their huge page, may be pinned; bool of their shape."""
+    rows = page_rows(state, pfns)
+    pinned = state["page.refcount"][rows] >= GUP_PIN_COUNTING_BIAS
+    heads = state["page.compound"][rows]
+    if heads.any():
+        block = frames_of(heads[heads != 0]).reshape(-1, PMD_PAGES)
+        mine = state["page.compound"][block] == heads[heads != 0][:, None]
+        many = (state["page.refcount"][block] >= GUP_PIN_COUNTING_BIAS) & mine
+        pinned[heads != 0] = many.any(axis=1)
+    return pinned
 
 
 def page_mapping(state: State, pfns: Pfns) -> np.ndarray:
@@ -178,6 +224,11 @@ def _node_limits(machine: Machine, node: int) -> tuple[int, int]:
     return (0, half) if node == 0 else (half, machine.ram_pages)
 
 
+def node_of(state: State, pfns: Pfns) -> Pfns:
+    """NUMA node of frames of RAM."""
+    return (pfns >= state.ram_pages // 2).astype(np.int64)
+
+
 def alloc_pages(machine: Machine, count: int, node: int = 0) -> Pfns:
     """``count`` zeroed frames with one reference each, from ``node`` or else from the other.
 
@@ -186,44 +237,64 @@ def alloc_pages(machine: Machine, count: int, node: int = 0) -> Pfns:
     KernelError
         ENOMEM when RAM is used up; then nothing has been taken.
     """
-    taken: list[Pfns] = []
+    recycled: list[tuple[int, Pfns]] = []
+    fresh: list[tuple[int, Pfns]] = []
     missing = count
     for zone in (node, 1 - node):
         first, limit = _node_limits(machine, zone)
-        free = int(machine["zone.free"][zone])
-        used = int(machine["zone.used"][zone])
-        recycled = min(missing, free)
-        fresh = min(missing - recycled, limit - first - used)
-        if recycled:
+        free, used, huge = (int(machine[f"zone.{n}"][zone]) for n in ("free", "used", "huge"))
+        again = min(missing, free)
+        anew = min(missing - again, limit - first - used - huge)
+        if again:
             stack = machine[f"zone.free_list.{zone}"]
-            taken.append(stack[free - recycled : free][::-1].copy())
-            machine.write("page.content", as_rows(taken[-1]), 0)
-        if fresh:
-            taken.append(np.arange(first + used, first + used + fresh))
-        missing -= recycled + fresh
+            recycled.append((zone, stack[free - again : free].copy()))
+        if anew:
+            fresh.append((zone, np.arange(first + used, first + used + anew)))
+        missing -= again + anew
         if not missing:
             break
     if missing:
         raise KernelError(12, f"{count} frames wanted, RAM has {count - missing} left")
-    for pfns in taken:
-        _take_from_zone(machine, pfns)
+    for zone, pfns in recycled:
+        machine.add("zone.free", zone, -pfns.size)
+        machine.write("page.content", as_rows(pfns), 0)
+    for zone, pfns in fresh:
+        machine.add("zone.used", zone, pfns.size)
+    taken = [pfns for _, pfns in sorted(recycled + fresh, key=lambda part: part[0] != node)]
     found = taken[0] if len(taken) == 1 else np.concatenate(taken or [np.zeros(0, np.int64)])
     machine.write("page.refcount", as_rows(found), 1)
     return found
 
 
-def _take_from_zone(machine: Machine, pfns: Pfns) -> None:
-    zone = int(pfns[0] >= _node_limits(machine, 0)[1])
-    first, _ = _node_limits(machine, zone)
-    if pfns[0] >= first + machine["zone.used"][zone]:
-        machine.add("zone.used", zone, pfns.size)
-    else:
-        machine.add("zone.free", zone, -pfns.size)
+def alloc_huge_pages(machine: Machine, count: int, node: int = 0) -> Pfns:
+    """First frames of up to ``count`` zeroed huge pages of node ``node``, referenced and compound.
+
+    Fewer where the node has no more 512 frames side by side that were never used.
+    """
+    first, limit = _node_limits(machine, node)
+    used, huge = int(machine["zone.used"][node]), int(machine["zone.huge"][node])
+    top = limit - huge
+    count = min(count, (top - first - used) // PMD_PAGES, top // PMD_PAGES)
+    heads = top - PMD_PAGES * np.arange(1, count + 1)
+    heads -= heads % PMD_PAGES
+    heads = heads[heads >= first + used]
+    if heads.size:
+        machine.write("zone.huge", node, limit - int(heads[-1]))
+        pfns = (np.sort(heads)[:, None] + np.arange(PMD_PAGES)).ravel()
+        machine.write("page.refcount", as_rows(pfns), 1)
+        machine.write("page.compound", as_rows(pfns), pfns - pfns % PMD_PAGES)
+    return heads
+
+
+def frames_of(heads: Pfns) -> Pfns:
+    """All frames of huge pages, in their order."""
+    return (heads[:, None] + np.arange(PMD_PAGES)).ravel()
 
 
 def _free_ram(machine: Machine, pfns: Pfns) -> None:
     rows = as_rows(pfns)
-    for column in ("flags", "mapping", "index", "private"):  # the content stays until it is reused
+    # The content stays until the frame is used again.
+    for column in ("flags", "mapping", "index", "compound", "private"):
         machine.write(f"page.{column}", rows, 0)
     boundary = _node_limits(machine, 0)[1]
     high = pfns >= boundary
@@ -261,12 +332,20 @@ def free_mem_region(machine: Machine, pages: int) -> int:
     raise KernelError(12, f"no free region of {pages} frames in physical space")
 
 
-def memremap_pages(machine: Machine, first: int, pages: int, owner: int, ops: Pagemap) -> int:
+def memremap_pages(
+    machine: Machine,
+    first: int,
+    pages: int,
+    owner: int,
+    ops: Pagemap,
+    kind: int = MEMORY_DEVICE_PRIVATE,
+) -> int:
     """Give device memory its struct pages, all free. Returns the number of the pagemap."""
     pagemap = machine.take("pagemap.last")
     machine.write("pagemap.first", pagemap, first)
     machine.write("pagemap.last", pagemap, first + pages)
     machine.write("pagemap.owner", pagemap, owner)
+    machine.write("pagemap.type", pagemap, kind)
     machine.write("section.pagemap", _sections(first, first + pages), pagemap)
     last_row = machine.ram_pages + PHYSICAL_PAGES - 1 - first
     for column in _COLUMNS:
@@ -279,7 +358,7 @@ def memunmap_pages(machine: Machine, pagemap: int) -> None:
     """Take the struct pages of a pagemap away; every one of them must be free."""
     first, last = (int(machine[f"pagemap.{edge}"][pagemap]) for edge in ("first", "last"))
     machine.write("section.pagemap", _sections(first, last), 0)
-    for column in ("first", "last", "owner"):
+    for column in ("first", "last", "owner", "type"):
         machine.write(f"pagemap.{column}", pagemap, 0)
 
 

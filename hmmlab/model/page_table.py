@@ -2,8 +2,10 @@
 
 Table ``t`` of a level is rows ``512 * t`` to ``512 * t + 511`` of that level's column, so a process
 and a device file are just different roots, and a range of pages is a few slices of the ``pte``
-column. Table 0 of each level is never used: a word that is 0 points nowhere. Tables are allocated
-when they are first needed and freed as the kernel frees them.
+column. Table 0 of each level is never used: a word that is 0 points nowhere. A PMD word that maps
+2 MiB itself has the HUGE bit and still names the table that waits behind it, as in Linux a table is
+deposited with every huge page; here that table holds the 512 words that the huge one stands for.
+Tables are allocated when they are first needed and freed as the kernel frees them.
 
 Source: arch/x86/include/asm/pgtable.h; mm/memory.c (``__pte_alloc``, ``free_pgtables``).
 """
@@ -16,7 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from hmmlab.model.entry import TABLE, Words
+from hmmlab.model.entry import HUGE, TABLE, Words
 from hmmlab.model.geometry import (
     ENTRIES,
     LEVEL_PAGES,
@@ -34,13 +36,17 @@ from hmmlab.model.state import Rows, State
 __all__ = [
     "Run",
     "alloc_tables",
+    "drop_table",
     "free_pgtables",
     "free_root",
+    "has_table",
+    "huge_blocks",
     "new_root",
     "populated_pmds",
     "read_range",
     "rows_of",
     "rows_of_range",
+    "set_huge",
     "table_of",
     "walk",
     "word_row",
@@ -59,13 +65,15 @@ class Run(NamedTuple):
     """Pages ``start`` to ``stop - 1`` of a walk that lie side by side.
 
     ``row`` is the row of the first page's word in the ``pte`` column, the others follow; -1 where
-    no table is, and then ``level`` is the level whose word is empty.
+    no table is, and then ``level`` is the level whose word is empty. ``huge`` says that PMD words
+    map the pages, 2 MiB each.
     """
 
     start: int
     stop: int
     row: int
     level: str
+    huge: bool = False
 
 
 # --- tables ---------------------------------------------------------------------------------------
@@ -79,7 +87,7 @@ def _new_tables(machine: Machine, level: str, count: int) -> np.ndarray:
     fresh = count - recycled
     tables = np.concatenate(
         [
-            machine[f"{level}.free_list"][free - recycled : free][::-1],
+            machine[f"{level}.free_list"][free - recycled : free],
             np.arange(used + 1, used + 1 + fresh),
         ]
     )
@@ -176,15 +184,19 @@ def walk(state: State, root: int, start: int, stop: int) -> Iterator[Run]:
 
 def _walk_pmd_table(state: State, row: int, start: int, stop: int) -> Iterator[Run]:
     count = -(-stop // PMD_PAGES) - start // PMD_PAGES
-    tables = (state["pmd"][row : row + count] >> np.uint64(PAGE_SHIFT)).astype(np.int64)
+    words = state["pmd"][row : row + count]
+    huge = (words & HUGE) != 0
+    tables = (words >> np.uint64(PAGE_SHIFT)).astype(np.int64)
     step = np.where(tables[1:] == 0, tables[:-1] == 0, tables[1:] == tables[:-1] + 1)
-    cuts = [0, *(np.flatnonzero(~step | ((tables[1:] == 0) != (tables[:-1] == 0))) + 1), count]
+    step &= ((tables[1:] == 0) == (tables[:-1] == 0)) & (huge[1:] == huge[:-1])
+    cuts = [0, *(np.flatnonzero(~step) + 1), count]
     base = align_down(start, PMD_PAGES)
     for first, last in pairwise(cuts):
         a = max(start, base + int(first) * PMD_PAGES)
         b = min(stop, base + int(last) * PMD_PAGES)
         table = int(tables[first])
-        yield Run(a, b, table * ENTRIES + index(a, "pte") if table else -1, "pmd")
+        row_of_a = table * ENTRIES + index(a, "pte") if table else -1
+        yield Run(a, b, row_of_a, "pmd", bool(huge[first]))
 
 
 def read_range(state: State, root: int, start: int, stop: int) -> Words:
@@ -220,6 +232,40 @@ def populated_pmds(state: State, root: int, start: int, stop: int) -> list[tuple
             found.append((first.start, end))
         at = end
     return found
+
+
+# --- huge pages -----------------------------------------------------------------------------------
+
+
+def huge_blocks(state: State, root: int, vpns: np.ndarray) -> np.ndarray:
+    """Which of ``vpns`` (int64, ascending) a PMD word maps, bool of their shape."""
+    if not vpns.size:
+        return np.zeros(0, np.bool_)
+    found = np.zeros(vpns.size, np.bool_)
+    for run in walk(state, root, int(vpns[0]), int(vpns[-1]) + 1):
+        if run.huge:
+            found[np.searchsorted(vpns, run.start) : np.searchsorted(vpns, run.stop)] = True
+    return found
+
+
+def has_table(state: State, root: int, vpn: int) -> bool:
+    """Whether the PMD word of ``vpn`` is not empty."""
+    return table_of(state, root, vpn, "pte") != 0
+
+
+def set_huge(machine: Machine, root: int, first: int, huge: bool) -> None:
+    """Let the PMD word of the 2 MiB from page ``first`` on map them itself, or its table do so."""
+    row = word_row(machine, root, first, "pmd")
+    word = int(machine["pmd"][row])
+    machine.write("pmd", row, word | HUGE if huge else word & ~HUGE)
+
+
+def drop_table(machine: Machine, root: int, first: int) -> None:
+    """Empty the PMD word of the 2 MiB from page ``first`` on, and free the table behind it."""
+    row = word_row(machine, root, first, "pmd")
+    table = _pointed(machine["pmd"][row])
+    machine.write("pmd", row, 0)
+    _give_back(machine, "pte", np.array([table]))
 
 
 # --- freeing --------------------------------------------------------------------------------------

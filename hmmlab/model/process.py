@@ -30,7 +30,7 @@ from hmmlab.model.mprotect import sys_mprotect
 from hmmlab.model.mremap import sys_mremap
 from hmmlab.model.region import REGION_PAGES, REGION_START, Pages
 from hmmlab.model.task_mmu import clear_refs_soft_dirty, read_pagemap
-from hmmlab.model.test_hmm import PRIVATE_UNITS, Dmirror
+from hmmlab.model.test_hmm import UNITS, Dmirror
 
 __all__ = ["Process"]
 
@@ -136,8 +136,8 @@ class Process:
         ValueError
             When there is no such unit.
         """
-        if unit not in PRIVATE_UNITS:
-            raise ValueError(f"unit {unit}; expected one of {PRIVATE_UNITS}")
+        if unit not in UNITS:
+            raise ValueError(f"unit {unit}; expected one of {UNITS}")
         return self.attach(Dmirror, name, unit + 1)
 
     def attach(self, driver: type[D], name: str | None = None, device: int = 1) -> D:

@@ -41,7 +41,7 @@ from hmmlab.model.page import (
     set_flags,
 )
 from hmmlab.model.page_table import walk
-from hmmlab.model.state import State
+from hmmlab.model.state import State, unique_rows
 
 __all__ = [
     "Mappings",
@@ -59,7 +59,8 @@ class Mappings(NamedTuple):
 
     ``which`` is the index of the frame in those asked for, ``vma`` the row of a mapping that covers
     the frame's place, ``vpn`` the page number there, ``row`` the row of its word in the ``pte``
-    column (-1 where no table is), and ``maps`` whether that word names the frame.
+    column (-1 where no table is), ``maps`` whether that word names the frame, and ``rank`` the
+    place of the mapping in the order of visits.
     """
 
     which: NDArray[np.int64]
@@ -67,11 +68,14 @@ class Mappings(NamedTuple):
     vpn: NDArray[np.int64]
     row: NDArray[np.int64]
     maps: NDArray[np.bool_]
+    rank: NDArray[np.int64]
 
     def only(self, chosen: NDArray[np.bool_]) -> Mappings:
         """Some of them."""
-        which, vma, vpn, row, maps = self
-        return Mappings(which[chosen], vma[chosen], vpn[chosen], row[chosen], maps[chosen])
+        which, vma, vpn, row, maps, rank = self
+        return Mappings(
+            which[chosen], vma[chosen], vpn[chosen], row[chosen], maps[chosen], rank[chosen]
+        )
 
     def until_unmapped(self) -> Mappings:
         """As far as a walk goes that ends when the frame has lost its last mapping."""
@@ -109,13 +113,13 @@ def page_add_anon_rmap(
         machine.write("page.index", as_rows(rows[fresh]), vma.pgoff_of(0) + vpns[fresh])
         set_flags(machine, pfns[fresh], PG_ANON)
     if exclusive.any():
-        set_flags(machine, np.unique(pfns[exclusive]), PG_ANON_EXCLUSIVE)
+        set_flags(machine, unique_rows(pfns[exclusive]), PG_ANON_EXCLUSIVE)
 
 
 def page_dup_rmap(machine: Machine, pfns: Pfns) -> None:
     """Let a child map frames, which may repeat, too: nobody owns them alone from now on."""
     machine.add("page.mapcount", as_rows(page_rows(machine, pfns)), 1)
-    set_flags(machine, np.unique(pfns), off=PG_ANON_EXCLUSIVE)
+    set_flags(machine, unique_rows(pfns), off=PG_ANON_EXCLUSIVE)
 
 
 def page_add_file_rmap(machine: Machine, pfns: Pfns) -> None:
@@ -149,14 +153,14 @@ def rmap_walk(state: State, pfns: Pfns) -> Mappings:
                 found.append(_places_in(state, vma, rank, members, index[members]))
     if not found:
         empty = np.zeros(0, np.int64)
-        return Mappings(empty, empty, empty, empty, empty.astype(np.bool_))
+        return Mappings(empty, empty, empty, empty, empty.astype(np.bool_), empty)
     which, vmas, vpns, words, ranks = (
         np.concatenate(column) for column in zip(*found, strict=True)
     )
     order = np.lexsort((ranks, which))
     which, words = which[order], words[order]
     named = _frames_named(np.where(words >= 0, state["pte"][words], np.uint64(0)))
-    return Mappings(which, vmas[order], vpns[order], words, named == pfns[which])
+    return Mappings(which, vmas[order], vpns[order], words, named == pfns[which], ranks[order])
 
 
 def _frames_named(words: Words) -> Pfns:

@@ -26,7 +26,7 @@ from hmmlab.model.page import (
     put_page,
     set_flags,
 )
-from hmmlab.model.state import State
+from hmmlab.model.state import State, unique_rows
 
 __all__ = [
     "add_to_swap_cache",
@@ -36,6 +36,7 @@ __all__ = [
     "free_swap_and_cache",
     "free_swap_cache",
     "note_swap_cache_hits",
+    "replace_in_swap_cache",
     "swap_cluster_readahead",
     "swap_duplicate",
     "swap_free",
@@ -82,7 +83,7 @@ def free_swap_and_cache(machine: Machine, slots: Pfns) -> None:
     """One user less of each of ``slots``; frames in the swap cache that nobody needs go."""
     swap_free(machine, slots)
     pfns = machine["swap.cache"][slots]
-    free_swap_cache(machine, np.unique(pfns[pfns > 0]))
+    free_swap_cache(machine, unique_rows(pfns[pfns > 0]))
 
 
 # --- the swap cache -------------------------------------------------------------------------------
@@ -101,6 +102,17 @@ def delete_from_swap_cache(machine: Machine, pfns: Pfns) -> None:
         machine.write("swap.cache", machine["page.swap"][pfns], 0)
         machine.write("page.swap", as_rows(pfns), 0)
         put_page(machine, pfns)
+
+
+def replace_in_swap_cache(machine: Machine, old: Pfns, new: Pfns) -> None:
+    """Let new frames stand in the swap cache for old ones."""
+    if old.size:
+        slots = machine["page.swap"][old].copy()
+        get_page(machine, new)
+        machine.write("page.swap", as_rows(old), 0)
+        machine.write("page.swap", as_rows(new), slots)
+        machine.write("swap.cache", slots, new)
+        put_page(machine, old)
 
 
 def folio_free_swap(machine: Machine, pfns: Pfns) -> None:
@@ -166,7 +178,7 @@ def note_swap_cache_hits(machine: Machine, pfns: Pfns, vma: int = 0, page: int =
     """
     ahead = pfns[(machine["page.flags"][pfns] & PG_READAHEAD) != 0]
     if ahead.size:
-        set_flags(machine, np.unique(ahead), off=PG_READAHEAD)
+        set_flags(machine, unique_rows(ahead), off=PG_READAHEAD)
     if vma:
         _, window, hits = _history(machine, vma)
         _remember(machine, vma, page, window, min(hits + ahead.size, _HITS_MAX))

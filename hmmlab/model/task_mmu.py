@@ -40,7 +40,7 @@ from hmmlab.model.mmu_notifier import (
     invalidate_range_end,
     invalidate_range_start,
 )
-from hmmlab.model.page import GUP_PIN_COUNTING_BIAS, PG_ANON, as_rows, page_rows
+from hmmlab.model.page import GUP_PIN_COUNTING_BIAS, PG_ANON, ZERO_PFN, as_rows, page_rows
 from hmmlab.model.page_table import read_range, walk
 
 __all__ = [
@@ -81,13 +81,15 @@ def read_pagemap(machine: Machine, mm: int, start: int, stop: int) -> Words:
     for vma in vmas_in(machine, mm, start, stop):
         if vma.flags & VM_SOFTDIRTY:
             soft_dirty[max(vma.start - start, 0) : vma.end - start] = True
+    # The huge page of zeros has a struct page that is looked at, the small one has not.
+    huge_zeros = present & ((words & SPECIAL) != 0) & (pfn_of(words) != ZERO_PFN)
     anon = (machine["page.flags"][rows] & PG_ANON) != 0
     alone = named & ~(swap & is_migration(words)) & (machine["page.mapcount"][rows] == 1)
     found = np.zeros(words.size, np.uint64)
     for bit, mask in (
         (PM_PRESENT, present),
         (PM_SWAP, swap),
-        (PM_FILE, named & ~anon),
+        (PM_FILE, (named & ~anon) | huge_zeros),
         (PM_MMAP_EXCLUSIVE, alone),
         (PM_SOFT_DIRTY, soft_dirty),
     ):

@@ -35,6 +35,7 @@ from hmmlab.model.geometry import SECTION_PAGES
 from hmmlab.model.hmm import HmmRange
 from hmmlab.model.machine import KernelError, Machine, Routine, kernel, operation
 from hmmlab.model.migrate import (
+    SELECT_DEVICE_COHERENT,
     SELECT_DEVICE_PRIVATE,
     SELECT_SYSTEM,
     MigrateVma,
@@ -54,11 +55,14 @@ from hmmlab.model.mmu_notifier import (
     mmu_interval_set_seq,
 )
 from hmmlab.model.page import (
+    MEMORY_DEVICE_COHERENT,
+    MEMORY_DEVICE_PRIVATE,
     PG_LOCKED,
     ZERO_PFN,
     alloc_pages,
     as_rows,
     free_mem_region,
+    is_device_private_page,
     is_zone_device,
     memremap_pages,
     page_rows,
@@ -69,15 +73,17 @@ from hmmlab.model.page import (
 from hmmlab.model.region import Pages
 from hmmlab.model.trace import Step
 
-__all__ = ["CHUNK_PAGES", "PRIVATE_UNITS", "Dmirror", "DmirrorDevice"]
+__all__ = ["CHUNK_PAGES", "UNITS", "Dmirror", "DmirrorDevice"]
 
 #: Frames of one chunk of device memory: 256 MiB.
 CHUNK_PAGES = 2 * SECTION_PAGES
 
-#: Units with device-private memory.
+#: Units with device-private memory, and with device-coherent memory.
 PRIVATE_UNITS = (0, 1)
+COHERENT_UNITS = (2, 3)
+UNITS = PRIVATE_UNITS + COHERENT_UNITS
 
-_EPERM, _ENOENT, _EBUSY, _EINVAL = 1, 2, 16, 22
+_EPERM, _ENOENT, _ENOMEM, _EBUSY, _EINVAL = 1, 2, 12, 16, 22
 
 # Bytes of a snapshot (lib/test_hmm_uapi.h).
 PROT_ERROR = 0xFF
@@ -88,24 +94,28 @@ PROT_PUD = 0x08
 PROT_ZERO = 0x10
 PROT_DEV_PRIVATE_LOCAL = 0x20
 PROT_DEV_PRIVATE_REMOTE = 0x30
+PROT_DEV_COHERENT_LOCAL = 0x40
+PROT_DEV_COHERENT_REMOTE = 0x50
 
 Machine.declare("dmirror_device.chunk", np.int64, "first frame of a unit's newest chunk")
 Machine.declare("dmirror_device.fresh", np.int64, "frames of that chunk never handed out")
 Machine.declare("dmirror_device.free", np.int64, "frames of a unit on its free list")
-for _unit in PRIVATE_UNITS:
+for _unit in UNITS:
     Machine.declare(f"dmirror_device.free_list.{_unit}", np.int64, f"free frames of unit {_unit}")
 
 
 class DmirrorDevice:
-    """One unit and its device-private memory: chunks, and frames handed out last in, first out.
+    """One unit and its device memory: chunks, and frames handed out last in, first out.
 
-    A new chunk's frames are handed out from its last downwards. A device frame is only a label:
-    its data are in a frame of RAM taken at the same time, which ``page.private`` names.
+    A new chunk's frames are handed out from its last downwards. A device-private frame is only a
+    label: its data are in a frame of RAM taken at the same time, which ``page.private`` names. A
+    device-coherent frame holds its data itself, and its unit has one chunk only.
     """
 
     def __init__(self, machine: Machine, unit: int) -> None:
         self.machine, self.unit = machine, unit
         self.owner = unit + 1
+        self.coherent = unit in COHERENT_UNITS
         self.free_list = f"dmirror_device.free_list.{unit}"
         self.new_chunk()
 
@@ -117,8 +127,11 @@ class DmirrorDevice:
         KernelError
             ENOMEM when there is none.
         """
+        if self.coherent and any(self.chunks()):
+            raise KernelError(_ENOMEM, f"unit {self.unit} has one chunk of memory only")
         first = free_mem_region(self.machine, CHUNK_PAGES)
-        memremap_pages(self.machine, first, CHUNK_PAGES, self.owner, self)
+        kind = MEMORY_DEVICE_COHERENT if self.coherent else MEMORY_DEVICE_PRIVATE
+        memremap_pages(self.machine, first, CHUNK_PAGES, self.owner, self, kind)
         self.machine.write("dmirror_device.chunk", self.unit, first)
         self.machine.write("dmirror_device.fresh", self.unit, CHUNK_PAGES)
 
@@ -133,7 +146,7 @@ class DmirrorDevice:
     def alloc_pages(self, count: int, file: int) -> Pfns:
         """Up to ``count`` device frames for ``file``, locked, in the order of handing out."""
         machine, taken = self.machine, []
-        backing = alloc_pages(machine, count)
+        backing = np.zeros(0, np.int64) if self.coherent else alloc_pages(machine, count)
         missing = count
         while missing:
             free = int(machine["dmirror_device.free"][self.unit])
@@ -158,9 +171,12 @@ class DmirrorDevice:
         pfns = np.concatenate(taken) if taken else np.zeros(0, np.int64)
         rows = as_rows(page_rows(machine, pfns))
         machine.write("page.refcount", rows, 1)
-        machine.write("page.private", rows, backing[: pfns.size])
         set_flags(machine, pfns, PG_LOCKED)
-        machine.write("page.private", as_rows(backing[: pfns.size]), file)
+        if self.coherent:
+            machine.write("page.private", rows, file)
+        else:
+            machine.write("page.private", rows, backing[: pfns.size])
+            machine.write("page.private", as_rows(backing[: pfns.size]), file)
         return pfns
 
     # --- struct dev_pagemap_ops -------------------------------------------------------------------
@@ -168,7 +184,8 @@ class DmirrorDevice:
         """Take device frames back, and free the RAM behind them (``dmirror_devmem_free``)."""
         machine.called("dmirror_devmem_free", pfns.size)
         rows = as_rows(page_rows(machine, pfns))
-        put_page(machine, machine["page.private"][rows])
+        if not self.coherent:
+            put_page(machine, machine["page.private"][rows])
         machine.write("page.private", rows, 0)
         free = int(machine["dmirror_device.free"][self.unit])
         machine.write(self.free_list, slice(free, free + pfns.size), pfns)
@@ -188,7 +205,7 @@ class DmirrorDevice:
 @Machine.at_boot
 def _load(machine: Machine) -> None:
     """The module makes one chunk a unit when it is loaded."""
-    machine.objects["dmirror_device"] = {u: DmirrorDevice(machine, u) for u in PRIVATE_UNITS}
+    machine.objects["dmirror_device"] = {u: DmirrorDevice(machine, u) for u in UNITS}
 
 
 class _SnapshotSubscriber:
@@ -210,6 +227,11 @@ class Dmirror(Driver):
     takes_series = True
 
     @property
+    def selects(self) -> int:
+        """Which pages its migrations to RAM collect (``dmirror_select_device``)."""
+        return SELECT_DEVICE_COHERENT if self.mdevice.coherent else SELECT_DEVICE_PRIVATE
+
+    @property
     def mdevice(self) -> DmirrorDevice:
         """The unit that was opened."""
         device: DmirrorDevice = self.machine.objects["dmirror_device"][self.device - 1]
@@ -221,7 +243,8 @@ class Dmirror(Driver):
         """Look at the pages without faulting: one PROT_* byte each, uint8 of shape (len(where),).
 
         0x00 nothing, 0x01 read-only, 0x02 read-write, 0x11 zero page, 0x21 and 0x22 in this
-        device's memory, 0xff no mapping or no access.
+        device's private memory, 0x41 and 0x42 in its coherent memory, 0x51 and 0x52 in another's,
+        0x05 and 0x06 part of a huge page, 0xff no mapping or no access.
         """
         out = np.zeros(len(where), np.uint8)
         return self.say("snapshot", where), self._data_of(self.snapshot_pages(where.start, out))
@@ -335,7 +358,12 @@ class Dmirror(Driver):
         order = (hmm_pfns >> np.uint64(HMM_PFN_ORDER_SHIFT)) & np.uint64(31)
         device = is_zone_device(self.machine, pfns)
         owner = self.machine["pagemap.owner"][pagemap_of(self.machine, pfns)]
-        local = np.where(owner == self.device, PROT_DEV_PRIVATE_LOCAL, PROT_DEV_PRIVATE_REMOTE)
+        private = is_device_private_page(self.machine, pfns)
+        local = np.where(
+            owner == self.device,
+            np.where(private, PROT_DEV_PRIVATE_LOCAL, PROT_DEV_COHERENT_LOCAL),
+            np.where(private, PROT_DEV_PRIVATE_REMOTE, PROT_DEV_COHERENT_REMOTE),
+        )
         kind = np.where(device, local, np.where(pfns == ZERO_PFN, PROT_ZERO, 0))
         kind |= np.where((hmm_pfns & np.uint64(HMM_PFN_WRITE)) != 0, PROT_WRITE, PROT_READ)
         kind |= np.where(order == 9, PROT_PMD, 0) | np.where(order == 18, PROT_PUD, 0)
@@ -451,7 +479,7 @@ class Dmirror(Driver):
         yield from self.machine.down_read(lock)
         try:
             for vma, vpns in self._batches(start, stop):
-                migrate = MigrateVma(vma, vpns, self.device, SELECT_DEVICE_PRIVATE)
+                migrate = MigrateVma(vma, vpns, self.device, self.selects)
                 yield from migrate_vma_setup(self.machine, migrate)
                 yield from self._copy_to_ram(migrate)
                 yield from migrate_vma_pages(self.machine, migrate)
@@ -464,7 +492,7 @@ class Dmirror(Driver):
     @kernel("lib/test_hmm.c", "dmirror_devmem_fault")
     def devmem_fault(self, vma: Vma, vpns: Pfns, pfns: Pfns) -> Routine[None]:
         """Bring pages that the CPU touched back to RAM, each by a migration of its own."""
-        migrate = MigrateVma(vma, vpns, self.device, SELECT_DEVICE_PRIVATE, pfns, each=True)
+        migrate = MigrateVma(vma, vpns, self.device, self.selects, pfns, each=True)
         yield from migrate_vma_setup(self.machine, migrate)
         yield from self._copy_to_ram(migrate)
         yield from migrate_vma_pages(self.machine, migrate)
@@ -519,7 +547,9 @@ class Dmirror(Driver):
             _EBUSY, f"{machine.names.place(self.mm, start, stop)}: not all to be had"
         )
         try:
-            pfns = yield from get_user_pages(machine, self.mm, start, stop, True, remote=True)
+            pfns = yield from get_user_pages(
+                machine, self.mm, start, stop, True, remote=True, split=True
+            )
         except KernelError:
             raise busy from None
         vpns = np.arange(start, start + pfns.size)

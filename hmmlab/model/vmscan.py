@@ -17,7 +17,9 @@ from hmmlab.model.entry import (
     swap_word,
 )
 from hmmlab.model.filemap import drop_from_cache, swap_out_of_cache
+from hmmlab.model.huge_memory import split_huge_pmds_at
 from hmmlab.model.machine import Machine, Routine, kernel
+from hmmlab.model.mm_types import vma_at
 from hmmlab.model.mmu_notifier import (
     Event,
     MmuNotifierRange,
@@ -25,17 +27,18 @@ from hmmlab.model.mmu_notifier import (
     invalidate_range_start,
 )
 from hmmlab.model.page import (
-    GUP_PIN_COUNTING_BIAS,
     PG_ANON,
     PG_ANON_EXCLUSIVE,
     PG_DIRTY,
     PG_SWAPBACKED,
     as_rows,
+    folio_maybe_dma_pinned,
     page_mapping,
     put_page,
     set_flags,
 )
 from hmmlab.model.rmap import page_remove_rmap, rmap_walk
+from hmmlab.model.state import unique_rows
 from hmmlab.model.swap import (
     add_to_swap_cache,
     delete_from_swap_cache,
@@ -52,17 +55,24 @@ _SWAP_DEVICE = 0
 @kernel("mm/vmscan.c")
 def reclaim_pages(machine: Machine, pfns: Pfns) -> Routine[None]:
     """Reclaim frames of RAM (int64, unique), in this order, as far as that goes."""
-    for first, last in machine.chunks(0, pfns.size):
-        with machine.bulk(last - first):
-            yield from _shrink(machine, pfns[first:last])
+    heads = machine["page.compound"][pfns]
+    cuts = np.flatnonzero(np.diff(heads)) + 1  # huge pages go one by one
+    for part in np.split(pfns, cuts) if pfns.size else ():
+        if machine["page.compound"][part[0]]:
+            if (machine["page.refcount"][part] == machine["page.mapcount"][part]).all():
+                yield from _shrink(machine, part, huge=True)
+            continue
+        for first, last in machine.chunks(0, part.size):
+            with machine.bulk(last - first):
+                yield from _shrink(machine, part[first:last])
 
 
-def _shrink(machine: Machine, pfns: Pfns) -> Routine[None]:
+def _shrink(machine: Machine, pfns: Pfns, *, huge: bool = False) -> Routine[None]:
     """Give each page a place in swap, unmap it, write it, free it (``shrink_folio_list``)."""
     flags = machine["page.flags"][pfns]
     anon, lazy = (flags & PG_ANON) != 0, (flags & PG_SWAPBACKED) == 0
     outside = anon & ~lazy & (machine["page.swap"][pfns] == 0)
-    pinned = machine["page.refcount"][pfns] >= GUP_PIN_COUNTING_BIAS
+    pinned = folio_maybe_dma_pinned(machine, pfns)
     stays = outside & pinned
     pfns, lost, outside = pfns[~stays], (anon & lazy)[~stays], outside[~stays]
     if outside.any():
@@ -70,14 +80,16 @@ def _shrink(machine: Machine, pfns: Pfns) -> Routine[None]:
         add_to_swap_cache(machine, chosen, folio_alloc_swap(machine, chosen.size))
         set_flags(machine, chosen, PG_DIRTY)
     if pfns.size:
-        yield from try_to_unmap(machine, pfns)
+        yield from try_to_unmap(machine, pfns, huge=huge)
         _write_out(machine, pfns, lost)
     yield machine.step(f"{pfns.size} pages were unmapped, and written and freed where possible.")
 
 
 @kernel("mm/rmap.c")
-def try_to_unmap(machine: Machine, pfns: Pfns) -> Routine[None]:
+def try_to_unmap(machine: Machine, pfns: Pfns, *, huge: bool = False) -> Routine[None]:
     """Replace every word that maps one of ``pfns`` by its slot, each inside a CLEAR of its page.
+
+    A ``huge`` page has a CLEAR for its PMD word, and one for all its small words.
 
     A page of a file needs no word to be found again. A page that was given up by MADV_FREE and not
     written since loses its word too, and so its content.
@@ -88,6 +100,10 @@ def try_to_unmap(machine: Machine, pfns: Pfns) -> Routine[None]:
         place = found.only(found.vma == vma)
         mm = int(machine["vma.mm"][vma])
         range = MmuNotifierRange.each(mm, Event.CLEAR, place.vpn, vma=vma, order=place.which)
+        if huge:
+            low, high = int(place.vpn.min()), int(place.vpn.max()) + 1
+            yield from split_huge_pmds_at(machine, vma_at(machine, vma), low)
+            range = MmuNotifierRange.one(mm, Event.CLEAR, low, high, vma=vma)
         yield from invalidate_range_start(machine, range)
         mapped = place.only(place.maps)
         if mapped.which.size:
@@ -99,7 +115,7 @@ def _unmap(machine: Machine, pfns: Pfns, rows: Pfns) -> None:
     words, flags = machine["pte"][rows], machine["page.flags"][pfns]
     dirty = (words & DIRTY) != 0
     if dirty.any():
-        set_flags(machine, np.unique(pfns[dirty]), PG_DIRTY)
+        set_flags(machine, unique_rows(pfns[dirty]), PG_DIRTY)
         flags = machine["page.flags"][pfns]
     anon = (flags & PG_ANON) != 0
     lazy = anon & ((flags & PG_SWAPBACKED) == 0)
@@ -107,7 +123,7 @@ def _unmap(machine: Machine, pfns: Pfns, rows: Pfns) -> None:
     held = machine["page.refcount"][pfns] != machine["page.mapcount"][pfns]
     stays = lazy & (((flags & PG_DIRTY) != 0) | held)
     if stays.any():
-        set_flags(machine, np.unique(pfns[stays]), PG_SWAPBACKED)
+        set_flags(machine, unique_rows(pfns[stays]), PG_SWAPBACKED)
     to_slot = anon & ~lazy
     exclusive = to_slot & ((flags & PG_ANON_EXCLUSIVE) != 0)
     slots = machine["page.swap"][pfns]

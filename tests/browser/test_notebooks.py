@@ -96,6 +96,7 @@ def test_the_dares_of_the_tour_can_be_met(page: Page) -> None:
 
     def press(button: str, offset: int, state: str) -> None:
         view.get_by_role("gridcell", name=re.compile(rf"^A page {offset}:")).click()
+        expect(view.get_by_label("Page", exact=True)).to_have_value(str(offset))
         view.get_by_role("button", name=button, exact=True).click()
         expect(view.get_by_role("gridcell", name=f"A page {offset}: {state}")).to_be_visible()
 

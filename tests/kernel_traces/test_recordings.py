@@ -11,9 +11,14 @@ from hmmlab.scenario import parse
 from hmmlab.session import Session
 
 HERE = Path(__file__).parent
-ANSWERS = sorted(
-    [*HERE.glob("random/*/*.jsonl"), *HERE.glob("lessons/*.jsonl"), *HERE.glob("asked/*.jsonl")]
+#: Recordings that the model does not answer yet, each with the reason.
+GAPS = dict(
+    line.split(": ", 1)
+    for line in (HERE / "gaps.txt").read_text().splitlines()
+    if line and not line.startswith("#")
 )
+RECORDINGS = sorted(path for path in HERE.glob("**/*.jsonl") if path.parent.name != "calls")
+ANSWERS = [path for path in RECORDINGS if str(path.relative_to(HERE)) not in GAPS]
 CALLS = sorted(HERE.glob("calls/*.jsonl"))
 
 
@@ -22,7 +27,14 @@ def named(paths):
 
 
 def test_there_are_recordings():
-    assert len(ANSWERS) >= 35 and len(CALLS) >= 3
+    assert len(RECORDINGS) >= 180 and len(CALLS) >= 3
+    assert GAPS.keys() <= {str(path.relative_to(HERE)) for path in RECORDINGS}
+
+
+@pytest.mark.parametrize("name", GAPS)
+def test_a_gap_is_still_one(name):
+    """A recording that is answered by now must leave the list."""
+    assert judge(read_recording(HERE / name), name).kind != "same"
 
 
 @pytest.mark.parametrize("path", named(ANSWERS))
@@ -34,7 +46,7 @@ def test_answers(path):
 
 
 @pytest.mark.parametrize("grain", [1, 7, 64])
-@pytest.mark.parametrize("path", named(ANSWERS[::6]))
+@pytest.mark.parametrize("path", named(ANSWERS[::12]))
 def test_answers_at_a_finer_grain(path, grain):
     verdict = judge(read_recording(path), path.name, grain=grain)
     assert verdict.kind == "same", verdict.text + "\n" + verdict.detail
@@ -52,7 +64,7 @@ def test_a_scenario_is_the_text_of_its_recording(path):
     assert [op.text for op in parse(path.read_text())] == [answer["op"] for answer in recording]
 
 
-@pytest.mark.parametrize("path", named(sorted(HERE.glob("random/A/*.txt"))[::5]))
+@pytest.mark.parametrize("path", named(sorted(HERE.glob("random/*/*.txt"))[::7]))
 def test_invariants_hold_after_every_operation(path):
     session = Session(grain=BULK, record=False)
     for operation in parse(path.read_text()):

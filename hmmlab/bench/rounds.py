@@ -1,0 +1,63 @@
+"""Time a story that is told again and again, and take the medians."""
+
+from __future__ import annotations
+
+import gc
+import statistics
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing, contextmanager
+from time import perf_counter
+from typing import Any, NamedTuple
+
+__all__ = ["Median", "Story", "medians"]
+
+#: Rounds that count. One more goes before them, to warm up.
+ROUNDS = 5
+
+#: Seconds after which a measurement is content with the rounds that it has.
+PATIENCE = 120.0
+
+#: What is measured: an endless generator that yields operations by name, each to be timed when it
+#: is yielded, and is sent what they return. What it does between two yields is not timed. A round
+#: ends where a name comes again.
+Story = Generator[tuple[str, Callable[[], object]], Any, None]
+
+
+class Median(NamedTuple):
+    """The median of some rounds, in seconds."""
+
+    seconds: float
+    rounds: int
+
+
+def medians(story: Story) -> dict[str, Median]:
+    """Median time of each operation of a story.
+
+    They are of :data:`ROUNDS` rounds, of fewer only where those would take longer than
+    :data:`PATIENCE`; even then the first does not count if there is a second.
+    """
+    seconds: dict[str, list[float]] = {}
+    began = perf_counter()
+    answer = None
+    with closing(story), _no_garbage_collection():
+        while True:
+            name, act = story.send(answer)
+            taken = seconds.setdefault(name, [])
+            if taken and name == next(iter(seconds)):  # a round is over
+                if len(taken) > ROUNDS or perf_counter() - began > PATIENCE:
+                    break
+                gc.collect()
+            start = perf_counter()
+            answer = act()
+            taken.append(perf_counter() - start)
+    counted = {name: taken[1:] or taken for name, taken in seconds.items()}
+    return {name: Median(statistics.median(taken), len(taken)) for name, taken in counted.items()}
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()

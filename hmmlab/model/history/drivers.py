@@ -1,0 +1,157 @@
+"""Small drivers that note what they call and what they are called, in the words of their kernel.
+
+Each looks a range up as the documentation of its kernel tells it to. Here are what all have in
+common, and the drivers of 6.1 and today; :mod:`~hmmlab.model.history.mirror_drivers` has the rest.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from hmmlab.model.driver import Driver
+from hmmlab.model.entry import HMM_PFN_VALID, HMM_PFN_WRITE, Pfns, Words
+from hmmlab.model.history import today
+from hmmlab.model.history.era import EBUSY, Era, error_name
+from hmmlab.model.hmm import HmmRange, hmm_range_fault
+from hmmlab.model.machine import KernelError, Routine, kernel
+from hmmlab.model.mm_types import mm_lock
+from hmmlab.model.mmu_notifier import (
+    MmuNotifierRange,
+    mmu_interval_read_begin,
+    mmu_interval_read_retry,
+)
+from hmmlab.model.names import Names
+
+__all__ = ["Driver61", "DriverToday", "EraDriver", "in_6_1"]
+
+
+class EraDriver(Driver):
+    """A driver that notes its calls.
+
+    Attributes
+    ----------
+    calls
+        What was called since :meth:`take_calls`, in order.
+    """
+
+    era: Era
+    #: The kernel function in which a driver is told that a change begins.
+    told_in = "__mmu_notifier_invalidate_range_start"
+
+    def __init__(self, *args: Any, **rest: Any) -> None:
+        super().__init__(*args, **rest)
+        self.calls: list[str] = []
+
+    def counter(self) -> str:
+        """What this kernel counts of changes: a number, odd while one runs that hits somebody."""
+        return f"invalidate_seq = {self.machine['mm.invalidate_seq'][self.mm]}"
+
+    def note(self, call: str, answer: object = None) -> None:
+        """Note a call; an int below 0 is written as an error."""
+        if answer is not None:
+            number = isinstance(answer, int) and not isinstance(answer, bool)
+            call += f" = {error_name(answer) if number else answer}"  # type: ignore[arg-type]
+        self.calls.append(call)
+
+    def take_calls(self) -> tuple[str, ...]:
+        """The calls since the last time."""
+        calls, self.calls = tuple(self.calls), []
+        return calls
+
+    def pages(self, start: int, end: int) -> str:
+        """A range as arguments: page numbers counted from the beginning of their region."""
+        names: Names = self.machine.names
+        for first, last in names.of(self.mm).values():
+            if first <= start < last:
+                return f"{start - first}, {end - first}"
+        return f"{start:#x}, {end:#x}"
+
+    def looked(self, range: HmmRange) -> Routine[None]:
+        """The answer is there, and the driver's lock not yet taken: others may run now."""
+        yield from self._looked(range)
+
+    @kernel("driver", "looked")
+    def _looked(self, range: HmmRange) -> Routine[None]:
+        yield self.machine.step(
+            f"{self.name} has its answer for {{range}}, and not yet its lock.",
+            range.mm,
+            range.start,
+            range.end,
+        )
+
+
+def in_6_1(pfns: Pfns, writable: np.ndarray) -> Words:
+    """Answers as the words of 6.1, of frames that are -1 where there is none."""
+    valid = pfns >= 0
+    words = np.where(valid, pfns, 0).astype(np.uint64)
+    words |= np.where(valid, np.uint64(HMM_PFN_VALID), np.uint64(0))
+    return words | np.where(valid & writable, np.uint64(HMM_PFN_WRITE), np.uint64(0))
+
+
+class Driver61(EraDriver):
+    """6.1: an interval subscription, and sequence numbers."""
+
+    era = Era.V6_1
+
+    def open_file(self) -> Routine[Driver]:
+        """Subscribe."""
+        yield from super().open_file()
+        self.note("mmu_interval_notifier_insert")
+        return self
+
+    def release(self) -> Routine[None]:
+        """End the subscription."""
+        yield from super().release()
+        self.note("mmu_interval_notifier_remove")
+
+    def invalidate(self, subscription: int, range: MmuNotifierRange, cur_seq: int) -> Any:
+        """Forget the pages."""
+        start, end = int(range.start[0]), int(range.end[-1])
+        self.note(f"invalidate({range.event.name}, {self.pages(start, end)})")
+        return super().invalidate(subscription, range, cur_seq)
+
+    def fault(self, range: HmmRange) -> Routine[None]:
+        """Fault as this kernel has it."""
+        yield from hmm_range_fault(self.machine, range)
+
+    def look(self, range: HmmRange) -> Routine[None]:
+        """Look until nothing has changed meanwhile."""
+        machine, lock = self.machine, mm_lock(self.machine, self.mm)
+        while True:
+            range.notifier_seq = yield from mmu_interval_read_begin(machine, range.notifier)
+            self.note("mmu_interval_read_begin", f"number {range.notifier_seq}")
+            yield from machine.down_read(lock)
+            try:
+                yield from self.fault(range)
+                self.note("hmm_range_fault", 0)
+            except KernelError as error:
+                self.note("hmm_range_fault", -error.errno)
+                if error.errno != EBUSY:
+                    raise
+                continue
+            finally:
+                machine.up_read(lock)
+            yield from self.looked(range)
+            yield from machine.down_write(self.lock)
+            again = mmu_interval_read_retry(machine, range.notifier, range.notifier_seq)
+            self.note("mmu_interval_read_retry", again)
+            if not again:
+                return
+            machine.up_write(self.lock)
+
+
+class DriverToday(Driver61):
+    """Today: the words of an answer lie otherwise, and keep the marks of a DMA mapping."""
+
+    era = Era.TODAY
+
+    def fault(self, range: HmmRange) -> Routine[None]:
+        """Fault as today's kernel has it."""
+        yield from today.hmm_range_fault(self.machine, range)
+        frames = today.hmm_pfn_to_pfn(range.hmm_pfns)
+        range.hmm_pfns[:] = in_6_1(
+            np.where((range.hmm_pfns & np.uint64(HMM_PFN_VALID)) != 0, frames, -1),
+            (range.hmm_pfns & np.uint64(HMM_PFN_WRITE)) != 0,
+        )

@@ -1,0 +1,274 @@
+"""hmm_range_register, _snapshot, _fault, _wait_until_valid, _unregister: 5.2 to 5.7.
+
+A range is registered once and looked at as often as one likes. It is not valid while a change that
+touches it runs; a driver waits until it is, looks, takes the lock of its own page table, and uses
+the answer if the range is still valid. It cannot tell "still" from "again": a change that began
+and ended in between leaves no mark (the hole that 5.5's sequence numbers close).
+
+How a lookup says that the range is not valid, and whether the mmap_lock is held then:
+
+====================  ==========================  =====================  ==================
+                      5.2                         5.3                    5.4 and 5.7
+====================  ==========================  =====================  ==================
+fault, at its start   -EAGAIN, lock given up      -EBUSY, held           -EBUSY, held
+fault, after a walk   -EBUSY, held                -EBUSY, held           -EBUSY, held
+snapshot              -EAGAIN, held               -EBUSY, held           a flag of the fault
+a fault must wait     -EAGAIN, lock given up      -EAGAIN, lock given up  the same, if allowed
+====================  ==========================  =====================  ==================
+
+Lookups return how many pages they have answered, or a negative errno. Functions take page numbers.
+
+Source: mm/hmm.c of 5.2, 5.3, 5.4, 5.7.
+"""
+
+from __future__ import annotations
+
+from hmmlab.model.geometry import PAGE_SHIFT
+from hmmlab.model.history.era import EAGAIN, EBUSY, EFAULT, EINVAL, EPERM, Era
+from hmmlab.model.history.mirror_2017 import hmm_register
+from hmmlab.model.history.ranges import is_valid, track, untrack
+from hmmlab.model.history.walk_2018 import (
+    HmmPfnValue,
+    HmmRange,
+    WalkHow,
+    walk_gap,
+    walk_vma,
+)
+from hmmlab.model.machine import Machine, Routine, kernel
+from hmmlab.model.mm_types import (
+    VM_IO,
+    VM_MIXEDMAP,
+    VM_PFNMAP,
+    VM_READ,
+    Vma,
+    find_vma,
+    mm_lock,
+)
+from hmmlab.model.mmu_notifier import mmu_interval_check_retry
+
+__all__ = [
+    "HMM_FAULT_ALLOW_RETRY",
+    "HMM_FAULT_SNAPSHOT",
+    "HMM_RANGE_DEFAULT_TIMEOUT",
+    "hmm_range_fault",
+    "hmm_range_fault_5_7",
+    "hmm_range_register",
+    "hmm_range_snapshot",
+    "hmm_range_unregister",
+    "hmm_range_valid",
+    "hmm_range_wait_until_valid",
+]
+
+#: Flags of :func:`hmm_range_fault` in 5.4.
+HMM_FAULT_ALLOW_RETRY = 1 << 0
+HMM_FAULT_SNAPSHOT = 1 << 1
+
+#: How long most drivers wait for a range, in milliseconds.
+HMM_RANGE_DEFAULT_TIMEOUT = 1000
+
+_NONE = HmmPfnValue.HMM_PFN_NONE
+
+
+@kernel("mm/hmm.c, 5.2")
+def hmm_range_register(
+    machine: Machine,
+    range: HmmRange,
+    mm: int,
+    start: int,
+    end: int,
+    page_shift: int = PAGE_SHIFT,
+    era: Era = Era.V5_2,
+) -> Routine[int]:
+    """Track pages ``start`` to ``end - 1``; not valid at first where a change runs.
+
+    Since 5.4 there is no ``page_shift``, and the mm is that of the mirror.
+
+    Returns
+    -------
+    0; -EINVAL where the range is empty, or its edges are not multiples of ``2**page_shift`` bytes;
+    -EFAULT where the address space is dying or no struct hmm can be had.
+    """
+    pages = 1 << max(page_shift - PAGE_SHIFT, 0)
+    if start % pages or end % pages or start >= end:
+        return -EINVAL
+    hmm = yield from hmm_register(machine, mm, era)
+    if not hmm or machine["hmm.dead"][hmm]:
+        return -EFAULT
+    range.start, range.end, range.hmm = start, end, hmm
+    track(machine, hmm, range, valid=not machine["hmm.notifiers"][hmm])
+    yield machine.step("The range {range} is registered.", mm, start, end)
+    return 0
+
+
+def hmm_range_unregister(machine: Machine, range: HmmRange) -> None:
+    """End the tracking; the range is not valid any more."""
+    untrack(machine, range)
+
+
+def hmm_range_valid(machine: Machine, range: HmmRange) -> bool:
+    """Whether no change that touches the range runs. One that has ended leaves no trace."""
+    return is_valid(machine, range)
+
+
+@kernel("include/linux/hmm.h, 5.2")
+def hmm_range_wait_until_valid(
+    machine: Machine, range: HmmRange, timeout: int = HMM_RANGE_DEFAULT_TIMEOUT
+) -> Routine[bool]:
+    """Wait until the range is valid, the address space dies, or the time is over.
+
+    ``timeout`` is in milliseconds; here one of them is one turn of the others. Returns whether the
+    range is valid, and False at once where the address space is dying.
+    """
+    while timeout > 0 and not is_valid(machine, range) and not machine["hmm.dead"][range.hmm]:
+        timeout -= 1
+        mm = int(machine["hmm.mm"][range.hmm])
+        yield machine.step("It waits until no change runs.", mm, range.start, range.end)
+    return is_valid(machine, range)
+
+
+# --- looking --------------------------------------------------------------------------------------
+
+
+@kernel("mm/hmm.c, 5.2")
+def hmm_range_snapshot(machine: Machine, range: HmmRange) -> Routine[int]:
+    """Look at a registered range without faulting. The caller holds the mmap_lock.
+
+    Returns
+    -------
+    How many pages were answered, short where something odd ended the walk; -EFAULT where there is
+    no mapping at or above a page, or it is one of device memory, or the address space is dying;
+    -EPERM where a page cannot be read, and then all pfns are NONE; -EAGAIN (5.2) or -EBUSY (5.3)
+    where the range is not valid.
+
+    Raises
+    ------
+    ValueError
+        In 5.4, which has the flag HMM_FAULT_SNAPSHOT instead.
+    """
+    era = _era_of(machine, range)
+    if era >= Era.V5_4:
+        raise ValueError("5.4 has no hmm_range_snapshot: use the flag HMM_FAULT_SNAPSHOT")
+    if machine["hmm.dead"][range.hmm]:
+        return -EFAULT
+    how = WalkHow(era, fault=False)
+    at = last = range.start
+    while at < range.end:
+        if not is_valid(machine, range):
+            return -EAGAIN if era is Era.V5_2 else -EBUSY
+        vma, refused = _vma(machine, range, at)
+        if vma is None:
+            return refused
+        end = min(range.end, vma.end)
+        if vma.start > at:
+            walk_gap(range, at, min(range.end, vma.start), how)
+            at = last = min(range.end, vma.start)
+            continue
+        # What a walk answers is not looked at: it goes on with the next mapping.
+        _, last = yield from walk_vma(machine, range, vma, at, end, how)
+        at = end
+    return last - range.start
+
+
+@kernel("mm/hmm.c, 5.2")
+def hmm_range_fault(machine: Machine, range: HmmRange, how: bool | int) -> Routine[int]:
+    """Look at a registered range and fault in what is asked for. The caller holds the mmap_lock.
+
+    Parameters
+    ----------
+    how
+        ``block`` in 5.2 and 5.3, which does nothing, for a fault may always give the lock up;
+        HMM_FAULT_* flags in 5.4.
+
+    Returns
+    -------
+    How many pages were answered; -EPERM where a write is asked for and forbidden, or a page cannot
+    be read; -EFAULT as for :func:`hmm_range_snapshot`, or where a fault fails; -EAGAIN and -EBUSY
+    as the table above says. After an error the pfns from the failing page on are NONE.
+    """
+    era = _era_of(machine, range)
+    if machine["hmm.dead"][range.hmm]:
+        return -EFAULT
+    flags = int(how) if era >= Era.V5_4 else HMM_FAULT_ALLOW_RETRY
+    walk = WalkHow(era, not flags & HMM_FAULT_SNAPSHOT, bool(flags & HMM_FAULT_ALLOW_RETRY))
+    at = range.start
+    while at < range.end:
+        if not is_valid(machine, range):
+            if era is not Era.V5_2:
+                return -EBUSY
+            machine.up_read(mm_lock(machine, int(machine["hmm.mm"][range.hmm])))
+            return -EAGAIN
+        vma, refused = _vma(machine, range, at)
+        if vma is None:
+            return refused
+        end = min(range.end, vma.end)
+        if vma.start > at:
+            end = min(range.end, vma.start)
+            answer = walk_gap(range, at, end, walk)
+            at = at if answer else end
+        else:
+            answer, at = yield from walk_vma(machine, range, vma, at, end, walk)
+        while answer == -EBUSY and is_valid(machine, range):
+            answer, at = yield from walk_vma(machine, range, vma, at, end, walk)
+        if answer:
+            range.pfns[range.part(at, range.end)] = range.value(_NONE)
+            return answer
+    return at - range.start
+
+
+@kernel("mm/hmm.c, 5.7", "hmm_range_fault")
+def hmm_range_fault_5_7(machine: Machine, range: HmmRange, mm: int) -> Routine[int]:
+    """Look at a range under an interval subscription, as 5.7 does: no flags, still a count.
+
+    The request alone decides: with ``default_flags`` and ``pfn_flags_mask`` 0 it is a snapshot.
+    The caller holds the mmap_lock, and nothing gives it up.
+
+    Returns
+    -------
+    How many pages were answered; -EBUSY where the range was invalidated since ``read_begin``;
+    -EFAULT where a page is asked for that cannot be had; -EPERM where a write is forbidden. After
+    an error the pfns from the failing page on are as they were.
+    """
+    walk = WalkHow(Era.V5_7, fault=True)
+    at = range.start
+    while at < range.end:
+        if mmu_interval_check_retry(machine, range.notifier, range.notifier_seq):
+            return -EBUSY
+        vma = find_vma(machine, mm, at)
+        if vma is None or vma.start > at or vma.flags & _DEVICE_VMA or not vma.flags & VM_READ:
+            end = range.end if vma is None else vma.start if vma.start > at else vma.end
+            end = min(end, range.end)
+            if refused := walk_gap(range, at, end, walk):
+                return refused
+            at = end
+            continue
+        answer, at = yield from walk_vma(machine, range, vma, at, min(range.end, vma.end), walk)
+        if answer not in (0, -EBUSY):
+            return answer
+    return at - range.start
+
+
+_DEVICE_VMA = VM_IO | VM_PFNMAP | VM_MIXEDMAP
+
+
+def _era_of(machine: Machine, range: HmmRange) -> Era:
+    """The kernel of a registered range.
+
+    Raises
+    ------
+    ValueError
+        When it is not registered.
+    """
+    if not range.hmm or not range.row:
+        raise ValueError("the range is not registered: hmm_range_register comes first")
+    return Era(int(machine["hmm.era"][range.hmm]))
+
+
+def _vma(machine: Machine, range: HmmRange, at: int) -> tuple[Vma | None, int]:
+    """The mapping of page ``at``, or the next one above it; or None and the error."""
+    vma = find_vma(machine, int(machine["hmm.mm"][range.hmm]), at)
+    if vma is None or vma.flags & _DEVICE_VMA:
+        return None, -EFAULT
+    if not vma.flags & VM_READ:
+        range.pfns[:] = range.value(_NONE)
+        return None, -EPERM
+    return vma, 0

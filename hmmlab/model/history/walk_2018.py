@@ -1,0 +1,325 @@
+"""The walk of 4.17 to 5.7, which answers in a driver's own encoding.
+
+The driver says which bit means what (``flags[]``), which whole words stand for "nothing" and the
+like (``values[]``), and how far a frame number is shifted. Nobody gained by it: the pages had to be
+mapped for DMA anyway. Since 5.8 the layout is fixed.
+
+A page's request is ``(pfns & pfn_flags_mask) | default_flags``; until 5.1 it is the word itself.
+
+Source: mm/hmm.c, include/linux/hmm.h of 4.17 to 5.7.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+
+from hmmlab.model.entry import (
+    RW,
+    SPECIAL,
+    SWP_DEVICE_WRITE,
+    Bools,
+    Pfns,
+    Words,
+    is_device_private,
+    is_migration,
+    is_present,
+    is_swap_type,
+    is_swapped,
+    pfn_of,
+    swap_offset_pfn,
+    swap_type,
+)
+from hmmlab.model.geometry import LEVEL_PAGES, PMD_PAGES, align_down
+from hmmlab.model.history.era import EBUSY, EFAULT, EPERM, Era
+from hmmlab.model.history.fault import fault_pages
+from hmmlab.model.history.ranges import TrackedRange
+from hmmlab.model.machine import Machine, Routine, kernel
+from hmmlab.model.mm_types import VM_WRITE, Vma, mm_root
+from hmmlab.model.page import ZERO_PFN, pagemap_of
+from hmmlab.model.page_table import Run, walk
+
+__all__ = ["HmmPfnFlag", "HmmPfnValue", "HmmRange", "WalkHow", "walk_gap", "walk_vma"]
+
+
+class HmmPfnFlag(enum.IntEnum):
+    """Index into ``flags[]`` (``enum hmm_pfn_flag_e``); 5.7 has no DEVICE_PRIVATE."""
+
+    HMM_PFN_VALID = 0
+    HMM_PFN_WRITE = 1
+    HMM_PFN_DEVICE_PRIVATE = 2
+
+
+_PRIVATE = HmmPfnFlag.HMM_PFN_DEVICE_PRIVATE
+
+
+class HmmPfnValue(enum.IntEnum):
+    """Index into ``values[]`` (``enum hmm_pfn_value_e``)."""
+
+    HMM_PFN_ERROR = 0
+    HMM_PFN_NONE = 1
+    HMM_PFN_SPECIAL = 2
+
+
+@dataclass
+class HmmRange(TrackedRange):
+    """A range in a driver's encoding (``struct hmm_range`` of 4.17 to 5.7).
+
+    Attributes
+    ----------
+    flags
+        Three masks, by :class:`HmmPfnFlag`.
+    values
+        Three whole words, by :class:`HmmPfnValue`.
+    pfn_shift
+        How far a frame number is shifted.
+    default_flags, pfn_flags_mask
+        What is asked of every page, and which bits of ``pfns`` ask for more (since 5.2).
+    notifier, notifier_seq
+        Interval subscription and the number it was read under (5.7).
+    dev_private_owner
+        Device whose private pages are reported and not faulted back (5.7); 0 for none.
+    """
+
+    flags: Sequence[int] = (1 << 0, 1 << 1, 1 << 2)
+    values: Sequence[int] = (1 << 3, 0, 1 << 4)
+    pfn_shift: int = 12
+    default_flags: int = 0
+    pfn_flags_mask: int = 0
+    notifier: int = 0
+    notifier_seq: int = 0
+    dev_private_owner: int = 0
+    hmm: int = field(default=0, init=False)
+
+    @property
+    def valid_bit(self) -> np.uint64:
+        """``flags[HMM_PFN_VALID]``."""
+        return np.uint64(self.flags[HmmPfnFlag.HMM_PFN_VALID])
+
+    @property
+    def write_bit(self) -> np.uint64:
+        """``flags[HMM_PFN_WRITE]``."""
+        return np.uint64(self.flags[HmmPfnFlag.HMM_PFN_WRITE])
+
+    def value(self, which: HmmPfnValue) -> np.uint64:
+        """A word of ``values[]``."""
+        return np.uint64(self.values[which])
+
+    def device_entry_from_pfn(self, pfns: Pfns) -> Words:
+        """Words that name ``pfns``, with VALID (``hmm_device_entry_from_pfn``)."""
+        shifted = np.asarray(pfns, np.int64).astype(np.uint64) << np.uint64(self.pfn_shift)
+        return shifted | self.valid_bit
+
+    def device_entry_to_pfn(self, words: Words) -> Pfns:
+        """Frames that words name, -1 for the values and for what is not VALID."""
+        words = np.asarray(words, np.uint64)
+        named = ((words & self.valid_bit) != 0) & ~np.isin(
+            words, np.array([self.values[v] for v in HmmPfnValue], np.uint64)
+        )
+        return np.where(named, (words >> np.uint64(self.pfn_shift)).astype(np.int64), -1)
+
+
+@dataclass(frozen=True, slots=True)
+class WalkHow:
+    """How a walk goes: of which kernel, whether it faults, whether a fault may drop the lock."""
+
+    era: Era
+    fault: bool
+    may_retry: bool = False
+
+    def requests(self, range: HmmRange, words: Words) -> Words:
+        """What is asked of pages whose input is ``words``."""
+        if self.era < Era.V5_2:
+            return words
+        return (words & np.uint64(range.pfn_flags_mask)) | np.uint64(range.default_flags)
+
+
+def _need(range: HmmRange, how: WalkHow, words: Words, cpu: Words) -> tuple[Bools, Bools]:
+    """Which pages need a fault, and which one for writing (``hmm_pte_need_fault``)."""
+    if not how.fault:
+        nothing = np.zeros(words.size, np.bool_)
+        return nothing, nothing
+    asked = how.requests(range, words)
+    private_bit = np.uint64(range.flags[_PRIVATE])
+    wanted = (asked & range.valid_bit) != 0
+    private = (cpu & private_bit) != 0
+    wants_write = (asked & range.write_bit) != 0
+    home = wanted & private & ((asked & private_bit) != 0)
+    write = wanted & ~private & wants_write & ((cpu & range.write_bit) == 0)
+    missing = wanted & ~private & ((cpu & range.valid_bit) == 0)
+    return missing | write | home, write | (home & wants_write)
+
+
+@kernel("mm/pagewalk.c", "walk_page_range")
+def walk_vma(
+    machine: Machine, range: HmmRange, vma: Vma, start: int, end: int, how: WalkHow
+) -> Routine[tuple[int, int]]:
+    """Walk pages ``start`` to ``end - 1``, all in ``vma``, and answer in ``range.pfns``.
+
+    Returns
+    -------
+    The answer and the page where the walk stopped. The answer is 0; -EBUSY where something was
+    faulted or waited for and the walk should go on from there; -EAGAIN where a fault gave the
+    mmap_lock up; -EPERM where a write is asked for and the mapping forbids it; -EFAULT where a
+    fault failed or nothing can be had.
+
+    Notes
+    -----
+    5.2 and 5.3 promise the -EPERM and forget to test for it; the fault of such a page repeats
+    without end there. The promise is kept here.
+    """
+    for run in walk(machine, mm_root(machine, vma.mm), start, end):
+        if run.row < 0:
+            answer = yield from _walk_hole(machine, range, vma, run, how)
+            if answer:
+                return answer, run.start
+            continue
+        answer, last = yield from _walk_pmd(machine, range, vma, run, how)
+        if answer:
+            return answer, last
+    yield machine.step("It has looked at {range}.", vma.mm, start, end)
+    return 0, end
+
+
+def walk_gap(range: HmmRange, start: int, end: int, how: WalkHow) -> int:
+    """Answer for pages that have no mapping. Returns 0, or -EFAULT where one is asked for."""
+    part = range.part(start, end)
+    fault, _ = _need(range, how, range.pfns[part], np.zeros(end - start, np.uint64))
+    if fault.any():
+        return -EFAULT
+    error = how.era >= Era.V5_7
+    which = HmmPfnValue.HMM_PFN_ERROR if error else HmmPfnValue.HMM_PFN_NONE
+    range.pfns[part] = range.value(which)
+    return 0
+
+
+def _walk_hole(machine: Machine, range: HmmRange, vma: Vma, run: Run, how: WalkHow) -> Routine[int]:
+    """Pages with no page table, an empty entry of the upper level after another."""
+    pages = LEVEL_PAGES[run.level]
+    part = range.part(run.start, run.stop)
+    fault, write = _need(range, how, range.pfns[part], np.zeros(run.stop - run.start, np.uint64))
+    wanted = np.flatnonzero(fault)
+    if not wanted.size:
+        range.pfns[part] = range.value(HmmPfnValue.HMM_PFN_NONE)
+        return 0
+    first = max(run.start, align_down(run.start + int(wanted[0]), pages))
+    range.pfns[range.part(run.start, first)] = range.value(HmmPfnValue.HMM_PFN_NONE)
+    stop = min(run.stop, align_down(first, pages) + pages)
+    inside = slice(first - run.start, stop - run.start)
+    return (yield from _fault(machine, range, vma, first, stop, bool(write[inside].any()), how))
+
+
+@kernel("mm/hmm.c, 4.17", "hmm_vma_walk_pmd")
+def _walk_pmd(
+    machine: Machine, range: HmmRange, vma: Vma, run: Run, how: WalkHow
+) -> Routine[tuple[int, int]]:
+    """Pages with page tables: answer up to the first that lacks something, fault from there."""
+    words = machine["pte"][run.row : run.row + run.stop - run.start].copy()
+    part = range.part(run.start, run.stop)
+    seen = _look(machine, range, how, words, range.pfns[part].copy())
+    stops = np.flatnonzero(seen.fault | seen.moving | seen.bad)
+    first = int(stops[0]) if stops.size else words.size
+    at = run.start + first
+    range.pfns[range.part(run.start, at)] = seen.answers[:first]
+    if at == run.stop:
+        return 0, at
+    if seen.bad[first]:
+        range.pfns[range.part(at, at + 1)] = seen.answers[first]
+        return -EFAULT, at
+    if seen.moving[first]:
+        yield machine.step(
+            "It waits until the migration of {range} ends.",
+            vma.mm,
+            at,
+            at + 1,
+            lock="migration_entry_wait",
+        )
+        return -EBUSY, at
+    stop = min(run.stop, align_down(at, PMD_PAGES) + PMD_PAGES)
+    return (yield from _fault(machine, range, vma, at, stop, bool(seen.write[first]), how)), at
+
+
+class _Seen(NamedTuple):
+    """What a walk finds in some words: arrays of one value a word.
+
+    ``answers`` is the word to answer; ``fault`` and ``write`` whether it faults and for what;
+    ``moving`` whether it waits; ``bad`` whether it ends there with -EFAULT.
+    """
+
+    answers: Words
+    fault: Bools
+    write: Bools
+    moving: Bools
+    bad: Bools
+
+
+def _look(machine: Machine, range: HmmRange, how: WalkHow, words: Words, inputs: Words) -> _Seen:
+    """Look at words (``hmm_vma_handle_pte``).
+
+    Until 5.3 a page that is swapped out, and until 5.6 one that is moving, is reported as absent
+    and no request brings it in. From 5.2 to 5.4 the zero page is special, and so an error.
+    """
+    present, swap = is_present(words), is_swap_type(words)
+    private = swap & is_device_private(words)
+    moving = swap & is_migration(words)
+    swapped = is_swapped(words)
+    odd = swap & ~private & ~moving & ~swapped
+    frames = np.where(present, pfn_of(words), np.where(private, swap_offset_pfn(words), 0))
+    named = present | private
+    writable = np.where(private, swap_type(words) == SWP_DEVICE_WRITE, (words & RW) != 0)
+    special = present & ((words & SPECIAL) != 0)
+    since_57 = how.era >= Era.V5_7
+    if since_57:
+        owners = machine["pagemap.owner"][pagemap_of(machine, frames)]
+        private &= (owners == range.dev_private_owner) & (owners != 0)
+        named = present | private
+        special &= frames != ZERO_PFN
+    elif how.era < Era.V5_2:
+        special[:] = False
+    nothing = np.uint64(0)
+    cpu = np.where(named, range.valid_bit, nothing)
+    cpu |= np.where(named & writable, range.write_bit, nothing)
+    if not since_57:
+        cpu |= np.where(private, np.uint64(range.flags[_PRIVATE]), nothing)
+    answers = np.where(
+        named,
+        range.device_entry_from_pfn(frames) | cpu,
+        range.value(HmmPfnValue.HMM_PFN_NONE),
+    )
+    answers[odd] = range.value(HmmPfnValue.HMM_PFN_ERROR)
+    answers[special] = range.value(HmmPfnValue.HMM_PFN_SPECIAL)
+    fault, write = _need(range, how, inputs, cpu)
+    if since_57:
+        bad = (odd | special) & fault
+        fault &= ~private
+    else:
+        bad = odd | (special & ~fault)
+        fault &= ~moving & (~swapped if how.era < Era.V5_4 else np.True_)
+    waits = moving & fault
+    return _Seen(answers, fault & ~waits & ~bad, write, waits, bad)
+
+
+def _fault(
+    machine: Machine,
+    range: HmmRange,
+    vma: Vma,
+    start: int,
+    stop: int,
+    write: bool,
+    how: WalkHow,
+) -> Routine[int]:
+    """Fault a chunk. Returns -EBUSY, which means "walk again", or an error.
+
+    Until 5.6 the chunk's pfns become "nothing" first, so what was asked of its pages one by one is
+    forgotten when the walk comes back.
+    """
+    if write and not vma.flags & VM_WRITE:
+        return -EPERM
+    if how.era < Era.V5_7:
+        range.pfns[range.part(start, stop)] = range.value(HmmPfnValue.HMM_PFN_NONE)
+    answer = yield from fault_pages(machine, vma, start, stop, write, may_retry=how.may_retry)
+    return answer or -EBUSY

@@ -1,0 +1,128 @@
+"""References that others hold to a process's pages: pages in a pipe, and long-term pins.
+
+A pipe into which pages were spliced holds one reference to each; a buffer registered with io_uring
+pins its pages, which counts 1024 references each, so that a pin can be told from a reference.
+
+Source: mm/gup.c (``pin_user_pages``, ``check_and_migrate_movable_pages``), fs/splice.c
+(``vmsplice``), io_uring/rsrc.c.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from hmmlab.model.access import get_user_pages
+from hmmlab.model.entry import Pfns
+from hmmlab.model.machine import KernelError, Machine, Routine, kernel
+from hmmlab.model.migrate import migrate_device_coherent_pages
+from hmmlab.model.mm_types import mm_lock
+from hmmlab.model.page import GUP_PIN_COUNTING_BIAS, as_rows, is_zone_device, page_rows, put_page
+
+__all__ = ["pin_user_pages", "unpin_user_pages", "vmsplice", "vmsplice_end"]
+
+_ENXIO, _EFAULT, _EBUSY = 6, 14, 16
+
+#: Pages that the pipe takes (1 MiB).
+_PIPE = 256
+
+_HOLD, _PIN = 1, 2
+
+Machine.declare("held.pfn", np.int64, "frame that somebody holds; 0 is a free row")
+Machine.declare("held.mm", np.int32, "address space in whose name it is held")
+Machine.declare("held.kind", np.int32, "1 a page in a pipe, 2 a long-term pin")
+
+
+@kernel("fs/splice.c", "__x64_sys_vmsplice")
+def vmsplice(machine: Machine, mm: int, start: int, stop: int) -> Routine[int]:
+    """Put pages into a pipe, which holds a reference to each. Returns how many.
+
+    Raises
+    ------
+    KernelError
+        EFAULT when not even the first can be had.
+    """
+    room = _PIPE - _rows(machine, mm, _HOLD).size
+    lock = mm_lock(machine, mm)
+    yield from machine.down_read(lock)
+    try:
+        pfns = yield from get_user_pages(machine, mm, start, min(stop, start + room), False)
+    finally:
+        machine.up_read(lock)
+    _note(machine, mm, pfns, _HOLD)
+    yield machine.step("A pipe holds {range}.", mm, start, start + pfns.size)
+    return int(pfns.size)
+
+
+@kernel("fs/pipe.c", "pipe_release")
+def vmsplice_end(machine: Machine, mm: int) -> Routine[None]:
+    """The pipe is closed, and gives up its pages."""
+    put_page(machine, _forget(machine, mm, _HOLD))
+    yield machine.step("The pipe is closed.", mm)
+
+
+@kernel("mm/gup.c")
+def pin_user_pages(machine: Machine, mm: int, start: int, stop: int) -> Routine[None]:
+    """Pin pages for long, for writing. Device memory comes home first: it cannot be pinned.
+
+    Raises
+    ------
+    KernelError
+        EFAULT when one cannot be had or written; EBUSY when a buffer is registered already.
+    """
+    if _rows(machine, mm, _PIN).size:
+        raise KernelError(_EBUSY, "a buffer is registered already")
+    lock = mm_lock(machine, mm)
+    yield from machine.down_read(lock)
+    try:
+        while True:
+            pfns = yield from get_user_pages(machine, mm, start, stop, True)
+            if pfns.size < stop - start:
+                put_page(machine, pfns)
+                raise KernelError(_EFAULT, f"{machine.names.place(mm, start, stop)}: not all")
+            device = pfns[is_zone_device(machine, pfns)]
+            if not device.size:
+                break
+            put_page(machine, pfns)
+            yield from migrate_device_coherent_pages(machine, device)
+    finally:
+        machine.up_read(lock)
+    machine.add("page.refcount", as_rows(page_rows(machine, pfns)), GUP_PIN_COUNTING_BIAS - 1)
+    _note(machine, mm, pfns, _PIN)
+    yield machine.step("{range} is pinned.", mm, start, stop)
+
+
+@kernel("mm/gup.c")
+def unpin_user_pages(machine: Machine, mm: int) -> Routine[None]:
+    """Give up the pins.
+
+    Raises
+    ------
+    KernelError
+        ENXIO when there are none.
+    """
+    pfns = _forget(machine, mm, _PIN)
+    if not pfns.size:
+        raise KernelError(_ENXIO, "no buffer is registered")
+    machine.add("page.refcount", as_rows(page_rows(machine, pfns)), 1 - GUP_PIN_COUNTING_BIAS)
+    put_page(machine, pfns)
+    yield machine.step("The pins are gone.", mm)
+
+
+def _rows(machine: Machine, mm: int, kind: int) -> Pfns:
+    return np.flatnonzero((machine["held.mm"] == mm) & (machine["held.kind"] == kind))
+
+
+def _note(machine: Machine, mm: int, pfns: Pfns, kind: int) -> None:
+    used = np.flatnonzero(machine["held.pfn"])
+    first = int(used[-1]) + 1 if used.size else 1
+    rows = slice(first, first + pfns.size)
+    for column, value in (("pfn", pfns), ("mm", mm), ("kind", kind)):
+        machine.write(f"held.{column}", rows, value)
+
+
+def _forget(machine: Machine, mm: int, kind: int) -> Pfns:
+    rows = _rows(machine, mm, kind)
+    pfns = machine["held.pfn"][rows].copy()
+    for column in ("pfn", "mm", "kind"):
+        machine.write(f"held.{column}", rows, 0)
+    return pfns

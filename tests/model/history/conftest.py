@@ -1,0 +1,75 @@
+"""Machines of other years: the history room is imported before any machine is made."""
+
+import pytest
+
+import hmmlab.model.history.eras
+import hmmlab.model.history.events_2019
+import hmmlab.model.history.migrate_2017  # noqa: F401
+from hmmlab import Machine, Process
+from hmmlab.model.history import Era, HmmMirror, hmm_mirror_register
+from hmmlab.model.machine import Actor, Steps
+
+
+class Listener:
+    """A mirror's callbacks, which keep what they heard and answer what they are told to."""
+
+    def __init__(self, name="mirror", answer=0):
+        self.name, self.answer, self.heard = name, answer, []
+
+    def sync_cpu_device_pagetables(self, mirror, *update):
+        self.heard.append(update)
+        return self.answer
+
+
+@pytest.fixture
+def machine():
+    return Machine(4096)
+
+
+@pytest.fixture
+def process(machine):
+    return Process(machine)
+
+
+@pytest.fixture
+def device(process):
+    return process.open(0)
+
+
+@pytest.fixture
+def run(machine):
+    """Run a routine to its end and return its answer."""
+    return lambda routine: Steps(machine, "test", Actor("test"), routine).run()
+
+
+@pytest.fixture
+def steps(machine):
+    """A routine as steps that have not run."""
+    return lambda routine, name="test": Steps(machine, name, Actor(name), routine)
+
+
+@pytest.fixture
+def register(machine, process, run):
+    """Register a mirror of some era; returns it with what it hears."""
+
+    def make(era=Era.APRIL_2017, **rest):
+        listener = Listener(**rest)
+        mirror = HmmMirror(listener)
+        assert run(hmm_mirror_register(machine, mirror, process.mm, era)) == 0
+        return mirror, listener
+
+    return make
+
+
+@pytest.fixture
+def use_up_ram(machine):
+    """Hand out every frame of RAM. Returns a function that frees them again."""
+    from hmmlab.model.page import alloc_pages, put_page
+
+    def use_up():
+        free = int(machine["zone.free"][:2].sum())
+        unused = machine.ram_pages - int(machine["zone.used"][:2].sum())
+        taken = alloc_pages(machine, free + unused)
+        return lambda: put_page(machine, taken)
+
+    return use_up
