@@ -29,7 +29,14 @@ from hmmlab.model.entry import (
 )
 from hmmlab.model.geometry import ENTRIES, PMD_PAGES, USER_VPN_END
 from hmmlab.model.mm_types import mm_is_alive, mm_root, vmas_of
-from hmmlab.model.page import GUP_PIN_COUNTING_BIAS, PHYSICAL_PAGES, ZERO_PFN, page_rows
+from hmmlab.model.page import (
+    GUP_PIN_COUNTING_BIAS,
+    PHYSICAL_PAGES,
+    ZERO_PFN,
+    frames_of,
+    is_device_private_page,
+    page_rows,
+)
 from hmmlab.model.page_table import read_range, walk
 from hmmlab.model.state import State
 
@@ -109,7 +116,8 @@ def _references(state: State) -> Iterator[str]:
     """
     expected = _counts(state)
     device = np.flatnonzero(state["page.refcount"][state.ram_pages :] > 0) + state.ram_pages
-    backing = state["page.private"][device]
+    private = is_device_private_page(state, _pfns(state, device))
+    backing = state["page.private"][device[private]]
     np.add.at(expected, backing[backing > 0], 1)
     cached = state["cache.page"]
     np.add.at(expected, cached[cached > 0], 1)
@@ -124,7 +132,9 @@ def _references(state: State) -> Iterator[str]:
         expected[zeros : zeros + PMD_PAGES] += 1
     words = _everything_mapped(state)
     exclusive = words[is_swap_type(words) & is_device_exclusive(words)]
-    np.add.at(expected, swap_offset_pfn(exclusive), 1)
+    np.add.at(expected, page_rows(state, swap_offset_pfn(exclusive)), 1)
+    pool = state["hugetlb.head"]
+    expected[frames_of(pool[pool > 0])] += 1
     expected[ZERO_PFN] = 1
     size = min(expected.size, state["page.refcount"].size)
     for row in np.flatnonzero(expected[:size] != state["page.refcount"][:size]).tolist():

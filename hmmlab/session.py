@@ -16,9 +16,12 @@ from numpy.typing import NDArray
 
 from hmmlab.model.access import user_access
 from hmmlab.model.driver import Answer, Driver
-from hmmlab.model.machine import BULK, KernelError, Machine, Routine, Steps
+from hmmlab.model.khugepaged import khugepaged
+from hmmlab.model.ksm import ksm_scan
+from hmmlab.model.machine import BULK, Actor, KernelError, Machine, Routine, Steps
 from hmmlab.model.madvise import ADVICE, sys_madvise
 from hmmlab.model.memory import Faults
+from hmmlab.model.mlock import sys_mlock
 from hmmlab.model.mmap import KINDS, sys_mmap, sys_munmap
 from hmmlab.model.mmu_notifier import EVERYTHING, MmuNotifierRange
 from hmmlab.model.move_pages import sys_move_pages
@@ -201,12 +204,14 @@ class Session:
         self.answers.append(answer)
         if self.trace is not None:
             self.trace.operations[-1].result = answer
+        if self.machine["khugepaged.awake"][0]:  # it runs between operations, and is not heard
+            Steps(self.machine, "khugepaged", Actor("khugepaged"), khugepaged(self.machine)).run()
         return answer
 
     def _run(self, operation: Operation, known: _Known, body: Routine[Any]) -> tuple[int, Any]:
         """``ret`` of an operation, and what it returned where it succeeded."""
         driver = known.devices.get(operation.args.get("device", ""))
-        actor = driver.actor if driver else known.process.actor
+        actor = driver.actor if driver and operation.verb != "mmap" else known.process.actor
         try:
             return 0, Steps(self.machine, operation.text, actor, body).run()
         except KernelError as error:
@@ -296,7 +301,16 @@ class Session:
         start = where.start
         if "at_region" in args:
             start = process.regions[args["at_region"]] + args["at_off"]
-        body = sys_mmap(self.machine, process.mm, start, args["pages"], args["prot"], args["kind"])
+        device_file = known.devices[args["device"]].file if "device" in args else 0
+        body = sys_mmap(
+            self.machine,
+            process.mm,
+            start,
+            args["pages"],
+            args["prot"],
+            args["kind"],
+            device_file,
+        )
         return {"ret": self._run(operation, known, body)[0]}
 
     def _munmap(self, operation: Operation, known: _Known, args: dict[str, Any]) -> dict[str, Any]:
@@ -310,6 +324,9 @@ class Session:
     def _madvise(self, operation: Operation, known: _Known, args: dict[str, Any]) -> dict[str, Any]:
         return self._call(sys_madvise, operation, known, args["advice"])
 
+    def _mlock(self, operation: Operation, known: _Known, args: dict[str, Any]) -> dict[str, Any]:
+        return self._call(sys_mlock, operation, known)
+
     def _mremap(self, operation: Operation, known: _Known, args: dict[str, Any]) -> dict[str, Any]:
         process, start, stop = self._span(known, args)
         to = process.region(args["new"], args["pages"]).start
@@ -321,6 +338,11 @@ class Session:
     ) -> dict[str, Any]:
         body = clear_refs_soft_dirty(self.machine, known.process.mm)
         return {"ret": self._run(operation, known, body)[0]}
+
+    def _ksm(self, operation: Operation, known: _Known, args: dict[str, Any]) -> dict[str, Any]:
+        process, start, stop = self._span(known, args)
+        ret, shared = self._run(operation, known, ksm_scan(self.machine, process.mm, start, stop))
+        return {"ret": ret or shared}
 
     def _move_pages(
         self, operation: Operation, known: _Known, args: dict[str, Any]
@@ -417,6 +439,10 @@ class Session:
         self, operation: Operation, known: _Known, args: dict[str, Any]
     ) -> dict[str, Any]:
         return self._ioctl(operation, known, _dmirror(known, args).check_atomic)
+
+    def _release(self, operation: Operation, known: _Known, args: dict[str, Any]) -> dict[str, Any]:
+        ret, answer = self._run(operation, known, _dmirror(known, args).release_memory())
+        return {"ret": ret, "cpages": answer.cpages, "faults": answer.faults}
 
     def _snapshot(
         self, operation: Operation, known: _Known, args: dict[str, Any]

@@ -66,7 +66,8 @@ def test_a_malformed_scenario_runs_nothing(scenario, capsys, line, expected):
     assert err.startswith(f"{path}:5: ") and expected in err and err.count("\n") == 1
 
 
-def test_an_operation_to_come_keeps_the_answers_so_far(scenario, capsys):
+def test_an_operation_to_come_keeps_the_answers_so_far(scenario, capsys, monkeypatch):
+    monkeypatch.delattr("hmmlab.session.Session._ksm")
     path = scenario("open d0 0", "mmap A 4 rw private", "ksm A 0 1", "load A 0 1")
     assert main(["run", path]) == 3
     out, err = capsys.readouterr()

@@ -9,14 +9,27 @@ from collections.abc import Callable
 
 import numpy as np
 
-from hmmlab.model.entry import ACCESSED, DIRTY, PRESENT, RW, Bools, Pfns, Words, pfn_of
-from hmmlab.model.filemap import cached
-from hmmlab.model.geometry import PMD_PAGES
+from hmmlab.model.entry import (
+    ACCESSED,
+    DIRTY,
+    PRESENT,
+    RW,
+    SPECIAL,
+    Bools,
+    Pfns,
+    Words,
+    pfn_of,
+    repeats_device_private,
+)
+from hmmlab.model.filemap import cached, device_file_of
+from hmmlab.model.geometry import PMD_PAGES, align_down
 from hmmlab.model.huge_memory import leaders_of_blocks, split_huge_pmd, will_be_huge
+from hmmlab.model.hugetlb import hugetlb_fault
 from hmmlab.model.machine import KernelError, Machine, Routine, kernel
 from hmmlab.model.memory import fault_around_window, handle_mm_fault
 from hmmlab.model.mm_types import (
     VM_ACCESS_FLAGS,
+    VM_HUGETLB,
     VM_IO,
     VM_PFNMAP,
     VM_READ,
@@ -27,10 +40,19 @@ from hmmlab.model.mm_types import (
     vma_at,
     vma_lookup,
 )
-from hmmlab.model.page import as_rows, get_page, page_rows
-from hmmlab.model.page_table import huge_blocks, read_range, rows_of
+from hmmlab.model.page import PG_DIRTY, as_rows, get_page, page_rows, set_flags
+from hmmlab.model.page_table import huge_blocks, read_range, rows_of, walk
+from hmmlab.model.state import unique_rows
 
-__all__ = ["SIGBUS", "SIGSEGV", "check_vma_flags", "faultin", "get_user_pages", "user_access"]
+__all__ = [
+    "SIGBUS",
+    "SIGSEGV",
+    "check_vma_flags",
+    "faultin",
+    "get_user_pages",
+    "populate",
+    "user_access",
+]
 
 SIGSEGV, SIGBUS = 11, 7
 
@@ -74,12 +96,22 @@ def user_access(
                     why = "no mapping" if vma is None else f"the mapping is {vma.permissions}"
                     place = machine.names.place(mm, at, at + 1)
                     raise KernelError(0, f"{place}: {why}", signal=SIGSEGV)
-                end = min(last, vma.end)
+                end = _reach(machine, vma, at, min(last, vma.end))
                 part = slice(at - start, end - start)
                 new = None if values is None else values[part]
                 data[part] = yield from _access_in_vma(machine, vma, at, end, new)
                 at = end
     return data
+
+
+def _reach(machine: Machine, vma: Vma, start: int, stop: int) -> int:
+    """How far accesses may be taken at once: not beyond one that may fail."""
+    if vma.flags & VM_HUGETLB:
+        return min(stop, align_down(start, PMD_PAGES) + PMD_PAGES)
+    if not device_file_of(machine, vma.file):
+        return stop
+    words = read_range(machine, mm_root(machine, vma.mm), start, stop)
+    return stop if words.all() else start + max(int(np.argmin(words != 0)), 1)
 
 
 def _may_access(vma: Vma, *, write: bool) -> bool:
@@ -115,17 +147,20 @@ def _touch(
 ) -> Routine[Words]:
     """Fault until every page of a part of a mapping is there; returns the words."""
     wanted = PRESENT | RW if write else PRESENT
+    split = split and not vma.flags & VM_HUGETLB
     vpns = np.arange(start, stop)
     for _ in range(_ENDLESS):
         huge = huge_blocks(machine, mm_root(machine, vma.mm), vpns) if split else np.zeros(0, bool)
         for vpn in vpns[leaders_of_blocks(vpns, huge)].tolist() if huge.any() else ():
             yield from split_huge_pmd(machine, vma, vpn - vpn % PMD_PAGES, vpn)
         words = read_range(machine, mm_root(machine, vma.mm), start, stop)
-        lacking = (words & wanted) != wanted
+        lacking = ((words & wanted) != wanted) & ~repeats_device_private(words)
         if not lacking.any():
             return words
         faulting = vpns[lacking]
-        if vma.is_anonymous:
+        if vma.flags & VM_HUGETLB:
+            faulting = faulting[leaders_of_blocks(faulting, np.ones(faulting.size, np.bool_))]
+        elif vma.is_anonymous:
             faulting = faulting[~_brought_by_huge_pages(machine, vma, faulting)]
         elif not write:
             faulting = _faulting(machine, vma, faulting, words[lacking] == 0)
@@ -137,6 +172,8 @@ def _brought_by_huge_pages(machine: Machine, vma: Vma, vpns: Pfns) -> Bools:
     """Which of ``vpns`` do not fault, because the first of their 2 MiB brings all."""
     huge = huge_blocks(machine, mm_root(machine, vma.mm), vpns)
     huge |= will_be_huge(machine, vma, vpns)
+    if not huge.any():
+        return huge
     return huge & ~leaders_of_blocks(vpns, huge)
 
 
@@ -171,11 +208,13 @@ def do_user_addr_fault(machine: Machine, vma: Vma, vpns: Pfns, write: bool) -> R
 # --- get_user_pages -------------------------------------------------------------------------------
 
 
-def check_vma_flags(vma: Vma, write: bool) -> bool:
-    """Whether the kernel may fetch pages of a mapping for somebody (mm/gup.c)."""
-    return not vma.flags & (VM_IO | VM_PFNMAP) and bool(
-        vma.flags & (VM_WRITE if write else VM_READ)
-    )
+def check_vma_flags(vma: Vma, write: bool, *, force: bool = False) -> bool:
+    """Whether the kernel may fetch pages of a mapping for somebody (mm/gup.c).
+
+    ``force`` says that any access to the mapping lets one read (FOLL_FORCE).
+    """
+    wanted = VM_WRITE if write else VM_ACCESS_FLAGS if force else VM_READ
+    return not vma.flags & (VM_IO | VM_PFNMAP) and bool(vma.flags & wanted)
 
 
 def faultin(
@@ -194,7 +233,14 @@ def faultin(
     """
 
     def fault(machine: Machine, vma: Vma, vpns: Pfns, write: bool) -> Routine[None]:
-        yield from handle_mm_fault(machine, vma_at(machine, vma.row), vpns, write, remote)
+        vma = vma_at(machine, vma.row)
+        if not vma.flags & VM_HUGETLB:
+            yield from handle_mm_fault(machine, vma, vpns, write, remote)
+            return
+        for vpn in vpns.tolist():  # over huge pages
+            if not (yield from hugetlb_fault(machine, vma, vpn, write)):
+                place = machine.names.place(vma.mm, vpn, vpn + 1)
+                raise KernelError(_EFAULT, f"{place}: the pool has no huge page left")
 
     words = np.zeros(stop - start, np.uint64)
     for first, last in machine.chunks(start, stop):
@@ -202,6 +248,42 @@ def faultin(
             part = yield from _touch(machine, vma, first, last, write, fault, split=split)
             words[first - start : last - start] = part
     return words
+
+
+def populate(machine: Machine, vma: Vma, start: int, stop: int, write: bool) -> Routine[None]:
+    """Make pages of one mapping present, and ask again from the first that could not be had.
+
+    Raises
+    ------
+    KernelError
+        Why that one could not be had.
+    """
+    at = begun = start
+    while at < stop:
+        end = _reach(machine, vma, at, stop)
+        try:
+            yield from faultin(machine, vma, at, end, write)
+        except KernelError:
+            if at == begun:
+                raise
+            begun = at
+        else:
+            if write and not vma.flags & VM_HUGETLB:
+                _mark_dirty(machine, vma, at, end)
+            at = end
+
+
+def _mark_dirty(machine: Machine, vma: Vma, start: int, stop: int) -> None:
+    """What was asked for to be written counts as written (FOLL_TOUCH)."""
+    root = mm_root(machine, vma.mm)
+    for run in walk(machine, root, start, stop):
+        rows = np.arange(run.row, run.row + run.stop - run.start)
+        words = machine["pte"][rows]
+        clean = (words & np.uint64(PRESENT | DIRTY | SPECIAL)) == PRESENT
+        if run.huge:
+            machine.write("pte", as_rows(rows), words | np.uint64(DIRTY))
+        elif clean.any():
+            set_flags(machine, unique_rows(pfn_of(words[clean])), PG_DIRTY)
 
 
 @kernel("mm/gup.c")
@@ -230,7 +312,7 @@ def get_user_pages(
         vma = vma_lookup(machine, mm, at)
         if vma is None or not check_vma_flags(vma, write):
             break
-        end = min(stop, vma.end)
+        end = _reach(machine, vma, at, min(stop, vma.end))
         try:
             words = yield from faultin(machine, vma, at, end, write, remote=remote, split=split)
         except KernelError:

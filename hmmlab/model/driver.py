@@ -30,7 +30,7 @@ from hmmlab.model.entry import (
     hmm_pfn_to_pfn,
 )
 from hmmlab.model.geometry import USER_VPN_END
-from hmmlab.model.hmm import HmmRange, hmm_range_fault
+from hmmlab.model.hmm import HmmRange, commuting_batches, hmm_range_fault
 from hmmlab.model.machine import (
     Actor,
     KernelError,
@@ -65,7 +65,7 @@ from hmmlab.model.region import Pages
 if TYPE_CHECKING:
     from hmmlab.model.process import Process
 
-__all__ = ["Answer", "Driver"]
+__all__ = ["Answer", "Driver", "backing"]
 
 _EFAULT, _EBUSY = 14, 16
 
@@ -86,6 +86,14 @@ class Answer:
     data: NDArray[Any] | None = None
     cpages: int = 0
     faults: int = 0
+
+
+def backing(machine: Machine, pfns: Pfns) -> Pfns:
+    """Frames that hold the data of ``pfns``: themselves, unless their device says otherwise."""
+    device = is_device_private_page(machine, pfns)
+    if not device.any():
+        return pfns
+    return np.where(device, machine["page.private"][page_rows(machine, pfns)], pfns)
 
 
 class Driver:
@@ -234,10 +242,7 @@ class Driver:
 
     def backing(self, pfns: Pfns) -> Pfns:
         """Frames that hold the data of ``pfns``: themselves, unless the device says otherwise."""
-        device = is_device_private_page(self.machine, pfns)
-        if not device.any():
-            return pfns
-        return np.where(device, self.machine["page.private"][page_rows(self.machine, pfns)], pfns)
+        return backing(self.machine, pfns)
 
     # --- open and close ---------------------------------------------------------------------------
     @kernel("driver", "open")
@@ -268,12 +273,12 @@ class Driver:
         """One process less has the file open; the last one releases it."""
         self.machine.add("device_file.users", self.file, -1)
         if self.machine["device_file.users"][self.file]:
-            yield self.machine.step(f"{self.name} stays open in another process.", self.mm)
+            yield self.machine.step(f"{self.name} stays open elsewhere.", self.mm)
         else:
-            yield from self.release()
+            yield from self.release_file()
 
-    @kernel("driver")
-    def release(self) -> Routine[None]:
+    @kernel("driver", "release")
+    def release_file(self) -> Routine[None]:
         """End the subscription and forget everything."""
         yield from mmu_interval_notifier_remove(self.machine, self.subscription)
         yield from self.give_back_memory()
@@ -322,8 +327,11 @@ class Driver:
             failing one stay.
         """
         flags = HMM_PFN_REQ_FAULT | (HMM_PFN_REQ_WRITE if write else 0)
-        for first in np.arange(start, stop, self.batch).tolist():  # over batches
-            last = min(first + self.batch, stop)
+        first = start
+        while first < stop:  # over batches, or as many at once as commute
+            last = commuting_batches(
+                self.machine, self.mm, first, stop, self.batch, write=write, owner=self.device
+            )
             range = HmmRange(
                 self.mm,
                 self.subscription,
@@ -333,6 +341,7 @@ class Driver:
                 np.zeros(last - first, np.uint64),
                 default_flags=flags,
                 dev_private_owner=self.device,
+                batch=self.batch if last - first > self.batch else 0,
             )
             yield from self.look(range)
             try:
@@ -340,6 +349,7 @@ class Driver:
             finally:
                 self.machine.up_write(self.lock)
             yield self.machine.step(f"{self.name} maps {{range}}.", self.mm, first, last)
+            first = last
 
     @kernel("driver", "range_fault")
     def look(self, range: HmmRange) -> Routine[None]:

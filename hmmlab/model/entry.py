@@ -77,6 +77,7 @@ __all__ = [
     "migrate_pfn_to_pfn",
     "pfn_of",
     "present_word",
+    "repeats_device_private",
     "swap_offset",
     "swap_offset_pfn",
     "swap_type",
@@ -171,12 +172,16 @@ def present_word(pfns: Pfns | int, prot: int) -> Words:
 
 def pfn_of(words: Words) -> Pfns:
     """Frame number that a present word names (``pte_pfn``)."""
-    flipped = np.where((words & PRESENT) != 0, words, ~words)
-    return ((flipped & np.uint64(PFN_MASK)) >> np.uint64(PAGE_SHIFT)).astype(np.int64)
+    present = (words & PRESENT) != 0
+    flipped = words if present.all() else np.where(present, words, ~words)
+    field = flipped & np.uint64(PFN_MASK)
+    return (field >> np.uint64(PAGE_SHIFT)).view(np.int64)
 
 
 def with_protection(words: Words, prot: int) -> Words:
     """Present words with the protection bits ``prot`` (``pte_modify``)."""
+    if prot & PRESENT and ((words & PRESENT) != 0).all():  # frame numbers stay as they are written
+        return (words & np.uint64(PFN_MASK | _KEPT_BY_PROTECTION)) | np.uint64(prot)
     return present_word(pfn_of(words), prot) | (words & np.uint64(_KEPT_BY_PROTECTION))
 
 
@@ -190,12 +195,12 @@ def swap_word(types: NDArray[np.integer] | int, offsets: Pfns) -> Words:
 
 def swap_type(words: Words) -> NDArray[np.int64]:
     """Type of a swap-type word."""
-    return (words >> np.uint64(_TYPE_SHIFT)).astype(np.int64)
+    return (words >> np.uint64(_TYPE_SHIFT)).view(np.int64)
 
 
 def swap_offset(words: Words) -> NDArray[np.int64]:
     """Offset of a swap-type word, flags of a migration entry included."""
-    return ((~words >> np.uint64(_OFFSET_SHIFT)) & np.uint64(_OFFSET_MASK)).astype(np.int64)
+    return ((~words >> np.uint64(_OFFSET_SHIFT)) & np.uint64(_OFFSET_MASK)).view(np.int64)
 
 
 def swap_offset_pfn(words: Words) -> Pfns:
@@ -207,6 +212,18 @@ def is_device_private(words: Words) -> Bools:
     """Whether a swap-type word names a device-private page, writable or not."""
     kind = swap_type(words)
     return (kind == SWP_DEVICE_WRITE) | (kind == SWP_DEVICE_READ)
+
+
+def repeats_device_private(words: Words) -> Bools:
+    """Which words, of shape (n,), name a device-private page that one before them names too."""
+    found = np.zeros(words.size, np.bool_)
+    private = np.flatnonzero(is_swap_type(words) & is_device_private(words))
+    if private.size > 1:
+        pfns = swap_offset_pfn(words[private])
+        order = np.argsort(pfns, kind="stable")
+        again = np.flatnonzero(pfns[order][1:] == pfns[order][:-1]) + 1
+        found[private[order[again]]] = True
+    return found
 
 
 def is_migration(words: Words) -> Bools:
@@ -234,7 +251,7 @@ def has_pfn(words: Words) -> Bools:
 
 def hmm_pfn_to_pfn(hmm_pfns: Words) -> Pfns:
     """Frame number in an hmm_pfn."""
-    return (hmm_pfns & np.uint64((1 << HMM_PFN_ORDER_SHIFT) - 1)).astype(np.int64)
+    return (hmm_pfns & np.uint64((1 << HMM_PFN_ORDER_SHIFT) - 1)).view(np.int64)
 
 
 def migrate_pfn(pfns: Pfns) -> Words:
@@ -244,7 +261,7 @@ def migrate_pfn(pfns: Pfns) -> Words:
 
 def migrate_pfn_to_pfn(entries: Words) -> Pfns:
     """Frame number of a src or dst entry that has VALID."""
-    return (entries >> np.uint64(_MIGRATE_PFN_SHIFT)).astype(np.int64)
+    return (entries >> np.uint64(_MIGRATE_PFN_SHIFT)).view(np.int64)
 
 
 def device_word(pfns: Pfns, flags: NDArray[np.uint64] | int) -> Words:

@@ -29,6 +29,7 @@ from hmmlab.model.entry import (
     swap_type,
     swap_word,
 )
+from hmmlab.model.hugetlb import is_hugetlb
 from hmmlab.model.machine import Machine, Routine, kernel
 from hmmlab.model.mm_types import VM_WRITE, Vma, vm_page_prot
 from hmmlab.model.mmu_notifier import (
@@ -57,6 +58,7 @@ def make_device_exclusive(
     rows = page_rows(machine, pfns)
     flags, heads = machine["page.flags"][rows], machine["page.compound"][rows]
     usable = ((flags & PG_ANON) != 0) & ((flags & PG_LOCKED) == 0)
+    usable &= ~is_hugetlb(machine, rows)
     usable &= (heads == 0) | (heads == pfns)  # a huge page is asked for by its head
     valid = np.zeros(pfns.size, np.bool_)
     numbers = np.flatnonzero(usable)

@@ -36,9 +36,11 @@ from hmmlab.model.swap import (
 __all__ = [
     "cache_rows",
     "cached",
+    "device_file_of",
     "drop_from_cache",
     "get_file",
     "new_file",
+    "open_mapped_file",
     "punch_hole",
     "put_file",
     "read_pages",
@@ -49,6 +51,10 @@ __all__ = [
 Machine.declare("file.pages", np.int64, "pages of the file; 0 is a free row")
 Machine.declare("file.first", np.int64, "row of its first page in cache.page")
 Machine.declare("file.users", np.int32, "mappings and descriptors of the file")
+Machine.declare(
+    "file.device_file", np.int32, "device file that it is; its pages come with mmap alone"
+)
+Machine.declare("device_file.mapped", np.int32, "the file's number while mapped; -1 once it is not")
 Machine.declare("cache.page", np.int64, "frame of a file's page, or minus its slot of swap")
 Machine.declare("cache.used", np.int64, "rows of cache.page given to files so far")
 
@@ -76,6 +82,28 @@ def new_file(machine: Machine, pages: int, content: Words | None = None) -> int:
     return file
 
 
+def device_file_of(state: State, file: int) -> int:
+    """Number of the device file that a mapping's file is; 0 for a file in memory, or none."""
+    return int(state["file.device_file"][file]) if file else 0
+
+
+def open_mapped_file(machine: Machine, device_file: int) -> int:
+    """Number of the file that mappings of a device file map, with one more user.
+
+    A device file that is mapped stays open until its last mapping goes.
+    """
+    file = int(machine["device_file.mapped"][device_file])
+    if file > 0:
+        get_file(machine, file)
+        return file
+    if not file:  # otherwise nobody has closed it yet
+        machine.add("device_file.users", device_file, 1)
+    file = new_file(machine, 1)
+    machine.write("file.device_file", file, device_file)
+    machine.write("device_file.mapped", device_file, file)
+    return file
+
+
 def get_file(machine: Machine, file: int) -> None:
     """One more user of a file."""
     machine.add("file.users", file, 1)
@@ -87,6 +115,10 @@ def put_file(machine: Machine, file: int) -> None:
     if machine["file.users"][file]:
         return
     punch_hole(machine, file, 0, int(machine["file.pages"][file]))
+    device_file = device_file_of(machine, file)
+    if device_file:  # it is closed as soon as the system call ends
+        machine.write("device_file.mapped", device_file, -1)
+        machine.write("file.device_file", file, 0)
     machine.write("file.pages", file, 0)
     machine.write("file.first", file, 0)
 
@@ -107,6 +139,8 @@ def cache_rows(state: State, file: int, pages: Pfns) -> Rows:
 
 def cached(state: State, file: int, pages: Pfns) -> Pfns:
     """Frames of pages of a file, 0 where the cache has none."""
+    if device_file_of(state, file):
+        return np.zeros(pages.size, np.int64)
     return np.array(state["cache.page"][cache_rows(state, file, pages)])
 
 

@@ -34,9 +34,12 @@ from hmmlab.model.entry import (
 from hmmlab.model.exclusive import restore_exclusive_ptes
 from hmmlab.model.geometry import PMD_PAGES
 from hmmlab.model.huge_memory import split_huge_pmd
+from hmmlab.model.hugetlb import copy_hugetlb_page_range
+from hmmlab.model.ksm import ksm_fork
 from hmmlab.model.machine import Machine, Routine, kernel
 from hmmlab.model.mm_types import (
     VM_DONTCOPY,
+    VM_HUGETLB,
     VM_LOCKED,
     VM_MIXEDMAP,
     VM_PFNMAP,
@@ -84,6 +87,8 @@ _ALL = (1 << 64) - 1
 def dup_mmap(machine: Machine, oldmm: int, name: str) -> Routine[int]:
     """A child's address space, a copy of ``oldmm`` mapping by mapping. Returns its number."""
     mm = new_mm(machine, name)
+    ksm_fork(machine, mm, oldmm)
+    machine.write("mm.khugepaged", mm, int(machine["mm.khugepaged"][oldmm]))
     lock = mm_lock(machine, oldmm)
     yield from machine.down_write(lock)
     try:
@@ -111,6 +116,9 @@ def copy_page_range(machine: Machine, child: Vma, vma: Vma) -> Routine[None]:
     parent's whole mapping.
     """
     if not vma.anon_vma and not vma.flags & (VM_PFNMAP | VM_MIXEDMAP):
+        return
+    if vma.flags & VM_HUGETLB:
+        yield from copy_hugetlb_page_range(machine, child, vma)
         return
     cow = is_cow_mapping(vma.flags)
     range = MmuNotifierRange.one(vma.mm, Event.PROTECTION_PAGE, vma.start, vma.end, vma=vma.row)
@@ -162,17 +170,21 @@ def _copy_words(
     copies = words.copy()
     present = is_present(words)
     normal = present & ((words & SPECIAL) == 0)
-    private = ~present & is_device_private(words)
-    pfns = np.where(present, pfn_of(words), swap_offset_pfn(words))
+    private = absent = ~present
+    pfns = pfn_of(words)
+    if absent.any():
+        private = absent & is_device_private(words)
+        pfns = np.where(present, pfns, swap_offset_pfn(words))
     pinned = _must_copy(machine, pfns, normal)
     shared = (normal | private) & ~pinned
-    swapped = is_swapped(words)
+    swapped = is_swapped(words) if absent.any() else absent
     if swapped.any():
         words[swapped] &= np.uint64(~SWP_EXCLUSIVE & _ALL)
         copies[swapped] = words[swapped]
         swap_duplicate(machine, swap_offset(words[swapped]))
-    get_page(machine, pfns[shared])
-    page_dup_rmap(machine, pfns[shared])
+    frames = pfns if shared.all() else pfns[shared]
+    get_page(machine, frames)
+    page_dup_rmap(machine, frames)
     clean = DIRTY if vma.flags & VM_SHARED else 0
     copies[present] &= np.uint64(~(ACCESSED | clean) & _ALL)
     if pinned.any():
@@ -184,7 +196,10 @@ def _copy_words(
 
 def _write_protected(words: Words) -> Words:
     """Words without the right to write; a device entry loses its soft-dirty bit with it."""
-    protected = np.where(is_present(words), words & np.uint64(~RW & _ALL), words)
+    present = is_present(words)
+    if present.all():
+        return words & np.uint64(~RW & _ALL)
+    protected = np.where(present, words & np.uint64(~RW & _ALL), words)
     writable = is_swap_type(words) & (swap_type(words) == SWP_DEVICE_WRITE)
     protected[writable] = swap_word(SWP_DEVICE_READ, swap_offset(words[writable]))
     return protected

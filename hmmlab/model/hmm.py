@@ -35,25 +35,31 @@ from hmmlab.model.entry import (
     swap_type,
 )
 from hmmlab.model.geometry import LEVEL_PAGES, LEVEL_SHIFT, PMD_PAGES, align_down
-from hmmlab.model.machine import KernelError, Machine, Routine, kernel
+from hmmlab.model.huge_memory import hugepage_vma_check
+from hmmlab.model.machine import BLOCK, BULK, KernelError, Machine, Routine, kernel
 from hmmlab.model.memory import handle_mm_fault
 from hmmlab.model.mm_types import (
+    VM_HUGETLB,
     VM_IO,
     VM_PFNMAP,
     VM_READ,
+    VM_SPECIAL,
     VM_WRITE,
     Vma,
     find_vma,
     mm_root,
     vma_at,
 )
-from hmmlab.model.mmu_notifier import mmu_interval_check_retry
-from hmmlab.model.page import pagemap_of
-from hmmlab.model.page_table import Run, walk
+from hmmlab.model.mmu_notifier import mmu_interval_check_retry, series_commute
+from hmmlab.model.page import free_ram, pagemap_of
+from hmmlab.model.page_table import Run, read_range, table_of, walk
 
-__all__ = ["HmmRange", "hmm_range_fault"]
+__all__ = ["HmmRange", "commuting_batches", "hmm_range_fault"]
 
 PMD_ORDER = LEVEL_SHIFT["pmd"]
+
+#: From the bit RW of a word to the bit HMM_PFN_WRITE of an hmm_pfn.
+_WRITE_SHIFT = (HMM_PFN_WRITE // RW).bit_length() - 1
 
 _EBUSY, _EFAULT, _EINVAL, _EPERM = 16, 14, 22, 1
 
@@ -79,6 +85,9 @@ class HmmRange:
         A page's request is ``(hmm_pfns & pfn_flags_mask) | default_flags``.
     dev_private_owner
         Device whose private pages are reported and not faulted back; 0 for none.
+    batch
+        Pages of one request, where this stands for several of them, one after another, that
+        :func:`commuting_batches` has found to commute; 0 where it is one.
     """
 
     mm: int
@@ -90,6 +99,7 @@ class HmmRange:
     default_flags: int = 0
     pfn_flags_mask: int = 0
     dev_private_owner: int = 0
+    batch: int = 0
 
     def request(self, start: int, end: int) -> Words:
         """What is asked of pages ``start`` to ``end - 1``."""
@@ -127,6 +137,8 @@ def hmm_range_fault(machine: Machine, range: HmmRange) -> Routine[None]:
     if range.start >= range.end:
         raise KernelError(_EINVAL, f"range of pages {range.start:#x} to {range.end:#x}")
     last = range.start
+    if range.batch:
+        yield from _fault_batches(machine, range)
     while True:
         if mmu_interval_check_retry(machine, range.notifier, range.notifier_seq):
             raise KernelError(_EBUSY, "the range was invalidated meanwhile")
@@ -135,6 +147,72 @@ def hmm_range_fault(machine: Machine, range: HmmRange) -> Routine[None]:
             return
         except _WalkAgainError as again:
             last = again.last
+
+
+# --- several requests at once ---------------------------------------------------------------------
+
+
+def commuting_batches(
+    machine: Machine, mm: int, start: int, stop: int, batch: int, *, write: bool, owner: int
+) -> int:
+    """End of the batches from ``start`` on, at least one, that may be asked for as one request.
+
+    They are in one private mapping, and each of their pages has what is asked or gets it from a
+    fault that concerns nobody but the page. One batch is all there is at any grain but bulk.
+    """
+    last = min(start + batch, stop)
+    if machine.grain < BULK or last == stop:
+        return last
+    vma = find_vma(machine, mm, start)
+    needed = VM_READ | (VM_WRITE if write else 0)
+    if vma is None or vma.start > start or (vma.flags & needed) != needed:
+        return last
+    if not vma.is_anonymous or vma.flags & (VM_SPECIAL | VM_HUGETLB) or hugepage_vma_check(vma):
+        return last
+    end = min(stop, vma.end, start + max(BLOCK // batch, 1) * batch)
+    end = min([end, *(r.start for r in walk(machine, mm_root(machine, mm), start, end) if r.huge)])
+    words = read_range(machine, mm_root(machine, mm), start, end)
+    present = (words & np.uint64(PRESENT)) != 0
+    odd = np.flatnonzero(~present & (words != 0))
+    if odd.size:
+        pfns = swap_offset_pfn(words[odd])
+        mine = machine["pagemap.owner"][pagemap_of(machine, pfns)] == owner
+        mine &= is_device_private(words[odd])
+        if write:
+            mine &= swap_type(words[odd]) == SWP_DEVICE_WRITE
+        odd = odd[~mine]
+        if odd.size:
+            end = start + int(odd[0])
+    if write:
+        shielded = present & ((words & np.uint64(RW)) == 0)
+        if shielded.any() and not series_commute(machine, mm, start, end):
+            return last
+        if int(shielded.sum()) + int((words == 0).sum()) > free_ram(machine):
+            return last
+    return max(last, end if end == stop else end - (end - start) % batch)
+
+
+def _fault_batches(machine: Machine, range: HmmRange) -> Routine[None]:
+    """Fault what several requests lack: in each page table of each, from the first such page on."""
+    words = read_range(machine, mm_root(machine, range.mm), range.start, range.end)
+    _, cpu_flags, final = _answers(machine, range, words)
+    lacking = _lacking(range.request(range.start, range.end), cpu_flags) & ~final
+    if not lacking.any():
+        return
+    at = np.arange(words.size)
+    chunk = at - np.minimum(at % range.batch, (range.start + at) % PMD_PAGES)
+    vpns = range.start + at[np.maximum.accumulate(np.where(lacking, at, -1)) >= chunk]
+    write = bool(range.default_flags & HMM_PFN_REQ_WRITE)
+    vma = find_vma(machine, range.mm, range.start)
+    assert vma is not None
+    with machine.bulk(vpns.size):
+        try:
+            yield from handle_mm_fault(machine, vma, vpns, write, remote=True)
+        except KernelError as error:
+            raise KernelError(_EFAULT, str(error)) from error
+
+
+# --- the walk -------------------------------------------------------------------------------------
 
 
 @kernel("mm/pagewalk.c")
@@ -158,6 +236,8 @@ def walk_page_range(machine: Machine, range: HmmRange, start: int) -> Routine[No
                     place = machine.names.place(range.mm, at, end)
                     raise KernelError(_EFAULT, f"{place}: asked for, and {vma.permissions}")
                 range.fill(at, end, HMM_PFN_ERROR)
+            elif vma.flags & VM_HUGETLB:
+                yield from walk_hugetlb_range(machine, range, vma, at, end)
             else:
                 for run in walk(machine, mm_root(machine, range.mm), at, end):
                     if run.row < 0:
@@ -205,6 +285,13 @@ def hmm_vma_walk_hole(
 def hmm_vma_walk_pmd(machine: Machine, range: HmmRange, vma: Vma, run: Run) -> Routine[None]:
     """Pages with page tables: answer up to the first that lacks something, and fault from there."""
     words = machine["pte"][run.row : run.row + run.stop - run.start]
+    if not range.asks:
+        for at in np.arange(0, words.size, BLOCK).tolist():  # over blocks
+            answers, _, _ = _answers(machine, range, words[at : at + BLOCK])
+            range.fill(run.start + at, run.start + at + answers.size, answers)
+        tables = (run.stop - 1) // PMD_PAGES - run.start // PMD_PAGES
+        machine.called("hmm_vma_walk_pmd", tables, up=1)
+        return
     answers, cpu_flags, final = _answers(machine, range, words)
     stop = words.size
     if range.asks:
@@ -257,6 +344,33 @@ def _walk_huge(machine: Machine, range: HmmRange, vma: Vma, run: Run) -> Routine
         at = end
 
 
+def walk_hugetlb_range(
+    machine: Machine, range: HmmRange, vma: Vma, start: int, stop: int
+) -> Routine[None]:
+    """Huge pages of hugetlb, one by one; the first page of each speaks for all.
+
+    Source: mm/pagewalk.c, mm/hmm.c (``hmm_vma_walk_hugetlb_entry``).
+    """
+    root = mm_root(machine, range.mm)
+    at = start
+    while at < stop:  # over huge pages
+        end = min(stop, align_down(at, PMD_PAGES) + PMD_PAGES)
+        if not table_of(machine, root, at, "pmd"):
+            machine.called("hmm_vma_walk_hole")
+            if _needs_any(range, at, end):
+                yield from hmm_vma_walk_hole(machine, range, vma, at, end)
+            range.fill(at, end, 0)
+        else:
+            answers, cpu_flags, _ = _answers(machine, range, read_range(machine, root, at, end))
+            asked = range.request(at, at + 1)
+            if range.asks and _lacking(asked, cpu_flags[:1])[0]:
+                no_write = not cpu_flags[0] & HMM_PFN_WRITE
+                write = bool(asked[0] & HMM_PFN_REQ_WRITE) and no_write
+                yield from hmm_vma_fault(machine, vma, at, end, write)
+            range.fill(at, end, answers | np.uint64(PMD_ORDER << HMM_PFN_ORDER_SHIFT))
+        at = end
+
+
 def _lacking(asked: Words, cpu_flags: Words) -> Bools:
     """Which pages lack what is asked of them (``hmm_pte_need_fault``)."""
     no_write = ((asked & HMM_PFN_REQ_WRITE) != 0) & ((cpu_flags & HMM_PFN_WRITE) == 0)
@@ -271,7 +385,11 @@ def _answers(machine: Machine, range: HmmRange, words: Words) -> tuple[Words, Wo
     write that its entry does not allow.
     """
     valid = (words & PRESENT) != 0
-    flags: Words = np.where(valid, np.uint64(HMM_PFN_VALID), np.uint64(0))
+    if valid.all():
+        flags = (words & np.uint64(RW)) << np.uint64(_WRITE_SHIFT)
+        flags |= np.uint64(HMM_PFN_VALID)
+        return pfn_of(words).view(np.uint64) | flags, flags, np.zeros(words.size, np.bool_)
+    flags = np.where(valid, np.uint64(HMM_PFN_VALID), np.uint64(0))
     flags |= np.where(valid & ((words & RW) != 0), np.uint64(HMM_PFN_WRITE), np.uint64(0))
     present = valid | is_present(words)
     answers: Words = np.where(present, pfn_of(words).astype(np.uint64), np.uint64(0)) | flags

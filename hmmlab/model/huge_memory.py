@@ -36,6 +36,7 @@ from hmmlab.model.mm_types import (
     VM_WRITE,
     Vma,
     anon_vma_prepare,
+    mm_is_alive,
     mm_root,
     vm_page_prot,
 )
@@ -70,6 +71,7 @@ __all__ = [
     "do_huge_pmd_anonymous_pages",
     "do_huge_pmd_wp_pages",
     "hugepage_vma_check",
+    "khugepaged_enter",
     "leaders_of_blocks",
     "split_huge_pmd",
     "split_huge_pmds_across",
@@ -78,6 +80,8 @@ __all__ = [
     "will_be_huge",
 ]
 
+Machine.declare("mm.khugepaged", np.int32, "1 once khugepaged visits the address space")
+Machine.declare("khugepaged.awake", np.int32, "1 when it has been woken and has not run yet")
 Machine.declare("huge_zero.pfn", np.int64, "first frame of the huge page of zeros, once it exists")
 
 
@@ -99,6 +103,20 @@ def leaders_of_blocks(vpns: Pfns, among: Bools) -> Bools:
     leaders = among.copy()
     leaders[among] = np.diff(vpns[among] // PMD_PAGES, prepend=-1) != 0
     return leaders
+
+
+def khugepaged_enter(machine: Machine, vma: Vma, flags: int) -> None:
+    """Let khugepaged visit the address space of a mapping that could, with ``flags``, be huge.
+
+    The first one that it is told of wakes it; later ones wait for its next round, ten seconds on.
+    """
+    fits = vma.start <= align_down(vma.end - PMD_PAGES, PMD_PAGES)
+    eligible = hugepage_vma_check(vma._replace(flags=flags)) and bool(vma.anon_vma) and fits
+    if eligible and not machine["mm.khugepaged"][vma.mm]:
+        known = np.flatnonzero(machine["mm.khugepaged"])
+        if not any(mm_is_alive(machine, mm) for mm in known.tolist()):
+            machine.write("khugepaged.awake", 0, 1)
+        machine.write("mm.khugepaged", vma.mm, 1)
 
 
 # --- faults ---------------------------------------------------------------------------------------
@@ -123,6 +141,8 @@ def do_huge_pmd_anonymous_pages(
 ) -> Routine[None]:
     """Fill the 2 MiB around each of ``vpns`` with a huge page, or map the huge page of zeros."""
     vma = anon_vma_prepare(machine, vma)
+    khugepaged_enter(machine, vma, vma.flags)
+    machine.write("khugepaged.awake", 0, 0)  # it comes while the page is huge already
     root, prot = mm_root(machine, vma.mm), vm_page_prot(vma.flags)
     blocks = vpns - vpns % PMD_PAGES
     if write:

@@ -10,6 +10,7 @@ import enum
 import numpy as np
 
 from hmmlab.model.entry import (
+    ACCESSED,
     DIRTY,
     RW,
     SOFT_DIRTY,
@@ -22,6 +23,7 @@ from hmmlab.model.entry import (
     present_word,
 )
 from hmmlab.model.geometry import PMD_PAGES
+from hmmlab.model.huge_memory import hugepage_vma_check
 from hmmlab.model.lru import lru_add_drain
 from hmmlab.model.machine import Machine, Routine, kernel
 from hmmlab.model.memory import do_swap_page
@@ -31,9 +33,11 @@ from hmmlab.model.mm_types import (
     VM_SPECIAL,
     VM_WRITE,
     Vma,
+    mm_is_alive,
     mm_root,
     vm_page_prot,
     vma_at,
+    vmas_of,
 )
 from hmmlab.model.mmu_notifier import (
     Event,
@@ -55,7 +59,7 @@ from hmmlab.model.page_table import has_table, huge_blocks, rows_of_range, set_h
 from hmmlab.model.rmap import page_add_new_anon_rmap, page_remove_rmap
 from hmmlab.model.swap import free_swap_cache
 
-__all__ = ["ScanResult", "collapse_range", "may_collapse"]
+__all__ = ["ScanResult", "collapse_range", "khugepaged", "may_collapse"]
 
 
 class ScanResult(enum.Enum):
@@ -72,6 +76,9 @@ class ScanResult(enum.Enum):
     ALLOC_HUGE_PAGE_FAIL = 12
     FAIL = 22.5
 
+
+#: Most of 512 pages that may be in swap, or shared, for khugepaged.
+_MAX_SWAPPED, _MAX_SHARED = PMD_PAGES // 8, PMD_PAGES // 2
 
 _GO_ON = (
     ScanResult.PMD_NULL,
@@ -110,6 +117,45 @@ def collapse_range(machine: Machine, vma: Vma, start: int, stop: int) -> Routine
             break
     yield machine.step(f"{done} huge pages in {{range}}.", vma.mm, start, stop)
     return 0 if done == (last - first) // PMD_PAGES else int(failure.value)
+
+
+@kernel("mm/khugepaged.c", "khugepaged_do_scan")
+def khugepaged(machine: Machine) -> Routine[None]:
+    """The background thread has been woken: it collapses what is worth it, everywhere once.
+
+    It asks for more than madvise does: a page that was used lately, and few that are shared or in
+    swap. When it runs is a matter of timing; here it does so between two operations.
+    """
+    machine.write("khugepaged.awake", 0, 0)
+    done = 0
+    for mm in np.flatnonzero(machine["mm.khugepaged"]).tolist():
+        if not mm_is_alive(machine, mm):
+            continue
+        for vma in vmas_of(machine, mm):
+            if not (hugepage_vma_check(vma) and may_collapse(vma)):
+                continue
+            first, last = -(-vma.start // PMD_PAGES), vma.end // PMD_PAGES
+            for block in np.arange(first, last).tolist():  # over 2 MiB
+                now = vma_at(machine, vma.row)
+                if _is_worth_it(machine, now, block * PMD_PAGES):
+                    result = yield from _collapse(machine, now, block * PMD_PAGES)
+                    done += result is ScanResult.SUCCEED
+    yield machine.step(f"khugepaged has made {done} huge pages, and sleeps.")
+
+
+def _is_worth_it(machine: Machine, vma: Vma, first: int) -> bool:
+    """What khugepaged asks of 2 MiB beyond what a collapse needs (``hpage_collapse_scan_pmd``)."""
+    root = mm_root(machine, vma.mm)
+    if not has_table(machine, root, first) or huge_blocks(machine, root, np.array([first]))[0]:
+        return False
+    words = machine["pte"][rows_of_range(machine, root, first, first + PMD_PAGES)]
+    normal = is_present(words) & ((words & SPECIAL) == 0)
+    frames = page_rows(machine, np.where(normal, pfn_of(words), 0))
+    swapped = int(is_swap_type(words).sum())
+    shared = int((normal & (machine["page.mapcount"][frames] > 1)).sum())
+    young = int((normal & ((words & ACCESSED) != 0)).sum())
+    enough = young >= (PMD_PAGES // 2 if swapped else 1)
+    return swapped <= _MAX_SWAPPED and shared <= _MAX_SHARED and normal.any() and enough
 
 
 def _collapse(machine: Machine, vma: Vma, first: int) -> Routine[ScanResult]:

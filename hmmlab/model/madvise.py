@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from hmmlab.model.access import check_vma_flags, faultin
+from hmmlab.model.access import check_vma_flags, populate
 from hmmlab.model.entry import (
     ACCESSED,
     DIRTY,
@@ -21,11 +21,12 @@ from hmmlab.model.entry import (
     swap_offset,
 )
 from hmmlab.model.filemap import punch_hole
-from hmmlab.model.geometry import PMD_PAGES
+from hmmlab.model.geometry import PMD_PAGES, align_down
+from hmmlab.model.huge_memory import khugepaged_enter
 from hmmlab.model.khugepaged import collapse_range, may_collapse
 from hmmlab.model.lru import lru_add_drain, mark_page_lazyfree
 from hmmlab.model.machine import KernelError, Machine, Routine, kernel
-from hmmlab.model.memory import unmap_page_range
+from hmmlab.model.memory import unmap_page_range, unmap_single_vma
 from hmmlab.model.migration import split_huge_page
 from hmmlab.model.mm_types import (
     VM_DONTCOPY,
@@ -67,7 +68,7 @@ from hmmlab.model.vmscan import reclaim_pages
 
 __all__ = ["ADVICE", "sys_madvise"]
 
-_ENOMEM, _EACCES, _EINVAL = 12, 13, 22
+_ENOMEM, _EACCES, _EFAULT, _EINVAL = 12, 13, 14, 22
 
 #: Advice on a part of one mapping: returns the mapping that holds the part then.
 Visit = Callable[[Machine, Vma, Vma | None, int, int], Routine[Vma]]
@@ -120,8 +121,14 @@ def _refuse(machine: Machine, vma: Vma, start: int, errno: int, why: str) -> Ker
 
 
 def _dontneed(machine: Machine, vma: Vma, prev: Vma | None, start: int, stop: int) -> Routine[Vma]:
-    if vma.flags & (VM_LOCKED | VM_PFNMAP):
+    if vma.flags & VM_HUGETLB:
+        if start % PMD_PAGES:
+            raise _refuse(machine, vma, start, _EINVAL, "no huge page begins there")
+        stop = align_down(stop, PMD_PAGES)
+    elif vma.flags & (VM_LOCKED | VM_PFNMAP):
         raise _refuse(machine, vma, start, _EINVAL, "the pages are locked")
+    if start == stop:
+        return vma
     yield from zap_page_range_single(machine, vma, start, stop)
     return vma
 
@@ -132,7 +139,7 @@ def zap_page_range_single(machine: Machine, vma: Vma, start: int, stop: int) -> 
     lru_add_drain(machine)
     range = MmuNotifierRange.one(vma.mm, Event.CLEAR, start, stop, vma=vma.row)
     yield from invalidate_range_start(machine, range)
-    yield from unmap_page_range(machine, vma, start, stop)
+    yield from unmap_single_vma(machine, vma, start, stop)
     yield from invalidate_range_end(machine, range)
 
 
@@ -266,17 +273,18 @@ def _age(machine: Machine, vma: Vma, start: int, stop: int, *, reclaim: bool) ->
 # --- pages on their way in ------------------------------------------------------------------------
 
 
-def _populate(write: bool) -> Visit:
-    def populate(
-        machine: Machine, vma: Vma, prev: Vma | None, start: int, stop: int
-    ) -> Routine[Vma]:
+def _populating(write: bool) -> Visit:
+    def visit(machine: Machine, vma: Vma, prev: Vma | None, start: int, stop: int) -> Routine[Vma]:
         if not check_vma_flags(vma, write):
             raise _refuse(machine, vma, start, _EINVAL, f"the mapping is {vma.permissions}")
-        yield from faultin(machine, vma, start, stop, write)
+        try:
+            yield from populate(machine, vma, start, stop, write)
+        except KernelError as error:
+            raise KernelError(error.errno or _EFAULT, str(error)) from error
         lru_add_drain(machine)
         return vma_at(machine, vma.row)
 
-    return populate
+    return visit
 
 
 def _collapse(machine: Machine, vma: Vma, prev: Vma | None, start: int, stop: int) -> Routine[Vma]:
@@ -297,6 +305,8 @@ def _set(on: int, off: int = 0, *, only_anonymous: bool = False) -> Visit:
         if only_anonymous and (vma.file or vma.flags & VM_SHARED):
             raise _refuse(machine, vma, start, _EINVAL, "it is no private anonymous memory")
         flags = vma.flags & ~off | on
+        if on & VM_HUGEPAGE:
+            khugepaged_enter(machine, vma, flags)
         vma = yield from change_vma_flags(machine, vma, prev, start, stop, flags)
         yield machine.step("{range}: the mapping is marked.", vma.mm, start, stop)
         return vma
@@ -311,8 +321,8 @@ _VISITS: dict[str, Visit] = {
     "pageout": _pageout,
     "cold": _cold,
     "collapse": _collapse,
-    "populate_read": _populate(write=False),
-    "populate_write": _populate(write=True),
+    "populate_read": _populating(write=False),
+    "populate_write": _populating(write=True),
     "hugepage": _set(VM_HUGEPAGE, VM_NOHUGEPAGE),
     "nohugepage": _set(VM_NOHUGEPAGE, VM_HUGEPAGE),
     "wipeonfork": _set(VM_WIPEONFORK, only_anonymous=True),

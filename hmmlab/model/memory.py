@@ -32,11 +32,12 @@ from hmmlab.model.entry import (
     is_swapped,
     pfn_of,
     present_word,
+    repeats_device_private,
     swap_offset,
     swap_offset_pfn,
 )
 from hmmlab.model.exclusive import remove_device_exclusive_entries
-from hmmlab.model.filemap import cached, read_pages
+from hmmlab.model.filemap import cached, device_file_of, read_pages
 from hmmlab.model.geometry import PMD_PAGES
 from hmmlab.model.huge_memory import (
     do_huge_pmd_anonymous_pages,
@@ -46,9 +47,12 @@ from hmmlab.model.huge_memory import (
     split_huge_pmds_across,
     will_be_huge,
 )
+from hmmlab.model.hugetlb import hugetlb_fault, unmap_hugepage_range
 from hmmlab.model.lru import lru_add_drain
-from hmmlab.model.machine import Machine, Routine, kernel
+from hmmlab.model.machine import KernelError, Machine, Routine, kernel
 from hmmlab.model.mm_types import (
+    VM_HUGETLB,
+    VM_LOCKED,
     VM_SHARED,
     VM_WRITE,
     Vma,
@@ -67,6 +71,7 @@ from hmmlab.model.page import (
     PG_ANON,
     PG_ANON_EXCLUSIVE,
     PG_DIRTY,
+    PG_KSM,
     PG_LRU,
     PG_SWAPBACKED,
     ZERO_PFN,
@@ -106,7 +111,14 @@ from hmmlab.model.swap import (
     swapin_readahead,
 )
 
-__all__ = ["Faults", "do_swap_page", "fault_around_window", "handle_mm_fault", "unmap_page_range"]
+__all__ = [
+    "Faults",
+    "do_swap_page",
+    "fault_around_window",
+    "handle_mm_fault",
+    "unmap_page_range",
+    "unmap_single_vma",
+]
 
 #: Pages of the aligned window in which a read fault of a file maps what is cached.
 FAULT_AROUND = 16
@@ -139,8 +151,12 @@ def handle_mm_fault(
     KernelError
         SIGBUS when device memory cannot be brought back; ENOMEM when RAM is used up.
     """
-    machine.called("handle_mm_fault", vpns.size - 1, up=1)
+    if vma.flags & VM_HUGETLB:
+        yield from _hugetlb_faults(machine, vma, vpns, write, remote)
+        return
     root = mm_root(machine, vma.mm)
+    vpns, lost = _up_to_bus_error(machine, vma, root, vpns)
+    machine.called("handle_mm_fault", vpns.size - 1, up=1)
     low, high = int(vpns[0]), int(vpns[-1]) + 1
     yield machine.step(
         _fault_sentence(vpns, write, remote),
@@ -154,15 +170,19 @@ def handle_mm_fault(
     if high - low == vpns.size:
         alloc_tables(machine, root, low, high)
     else:
-        for vpn in np.unique(vpns >> 9).tolist():  # over page tables
+        for vpn in unique_rows(vpns >> 9).tolist():  # over page tables
             alloc_tables(machine, root, vpn << 9, (vpn << 9) + 1)
     rows = rows_of(machine, root, vpns)
     words = machine["pte"][rows].copy()
     empty = words == 0
+    if empty.all() and not lost:
+        first_touch = do_anonymous_page if vma.is_anonymous else do_fault
+        yield from first_touch(machine, vma, vpns, rows, write)
+        return
     elsewhere = is_swap_type(words)
     shielded = ~empty & ~elsewhere & ((words & RW) == 0) if write else np.zeros_like(empty)
     ready = ~(empty | elsewhere | shielded)
-    if empty.any():
+    if empty.any() and not lost:
         fill = do_anonymous_page if vma.is_anonymous else do_fault
         yield from fill(machine, vma, vpns[empty], _some(rows, empty), write)
     if elsewhere.any():
@@ -181,6 +201,39 @@ def handle_mm_fault(
             int(vpns[ready][0]),
             int(vpns[ready][-1]) + 1,
         )
+    if lost:
+        place = machine.names.place(vma.mm, high - 1, high)
+        raise KernelError(0, f"{place}: the device has no page there", signal=7)
+
+
+def _hugetlb_faults(
+    machine: Machine, vma: Vma, vpns: Pfns, write: bool, remote: bool
+) -> Routine[None]:
+    """The first fault in 2 MiB brings the huge page; the others find it."""
+    machine.called("handle_mm_fault", vpns.size - 1, up=1)
+    cuts = np.flatnonzero(np.diff(vpns // PMD_PAGES)) + 1
+    for block in np.split(vpns, cuts):
+        done = True
+        for part in (block[:1], block[1:]):
+            if part.size:
+                low, high = int(part[0]), int(part[-1]) + 1
+                faults = Faults(vma.mm, part, write, remote)
+                text = _fault_sentence(part, write, remote)
+                yield machine.step(text, vma.mm, low, high, detail=faults)
+                done = yield from hugetlb_fault(machine, vma, low, write)
+            if not done:
+                place = machine.names.place(vma.mm, low, high)
+                raise KernelError(0, f"{place}: the pool has no huge page left", signal=7)
+
+
+def _up_to_bus_error(machine: Machine, vma: Vma, root: int, vpns: Pfns) -> tuple[Pfns, bool]:
+    """The faults up to the first that cannot be helped, and whether the last one is that."""
+    if not device_file_of(machine, vma.file):
+        return vpns, False
+    words = read_range(machine, root, int(vpns[0]), int(vpns[-1]) + 1)[vpns - vpns[0]]
+    if words.all():
+        return vpns, False
+    return vpns[: int(np.argmin(words != 0)) + 1], True
 
 
 def _huge_faults(machine: Machine, vma: Vma, vpns: Pfns, write: bool) -> Routine[None]:
@@ -319,7 +372,7 @@ def do_wp_page(machine: Machine, vma: Vma, vpns: Pfns, rows: Rows, words: Words)
     flags = machine["page.flags"][at]
     anon = normal & ((flags & PG_ANON) != 0)
     exclusive = anon & ((flags & PG_ANON_EXCLUSIVE) != 0)
-    alone = anon & ~exclusive
+    alone = anon & ~exclusive & ((flags & PG_KSM) == 0)
     _give_up_swap(machine, frames[alone])
     alone &= _folio_ref_count(machine, at) == 1
     shared = normal & ~anon & bool(vma.flags & VM_SHARED)
@@ -414,10 +467,11 @@ def do_swap_page(
             machine, vma, vpns[exclusive], numbers[exclusive]
         )
     private = is_swap_type(words) & is_device_private(words)
+    private &= ~repeats_device_private(words)  # the first fault brings a shared page home for all
     if private.any():
         pfns = swap_offset_pfn(words[private])
         maps = pagemap_of(machine, pfns)
-        for pagemap in np.unique(maps).tolist():
+        for pagemap in unique_rows(maps).tolist():
             mine = maps == pagemap
             get_page(machine, pfns[mine])
             ops = machine.objects["pagemap"][pagemap]
@@ -476,7 +530,9 @@ def _map_swapped(
         pfns[fresh] = new
     get_page(machine, pfns[~fresh])  # the mapping's; a fresh frame has it from the start
     swap_free(machine, slots)
-    if write:
+    if vma.flags & VM_LOCKED:  # what stays in RAM needs no place in swap
+        folio_free_swap(machine, unique_rows(pfns[~fresh]))
+    elif write:
         _give_up_swap(machine, pfns)
     alone = fresh | ((words & SWP_EXCLUSIVE) != 0) | (machine["page.refcount"][pfns] == 1)
     mapped = present_word(pfns, vm_page_prot(vma.flags))
@@ -492,6 +548,12 @@ def _map_swapped(
 
 
 # --- zap ------------------------------------------------------------------------------------------
+
+
+def unmap_single_vma(machine: Machine, vma: Vma, start: int, stop: int) -> Routine[None]:
+    """Empty a part of one mapping, of huge pages or of others."""
+    unmap = unmap_hugepage_range if vma.flags & VM_HUGETLB else unmap_page_range
+    yield from unmap(machine, vma, start, stop)
 
 
 @kernel("mm/memory.c")
@@ -528,22 +590,26 @@ def _zap(
     words = machine["pte"][rows].copy()
     present = is_present(words)
     normal = present & ((words & SPECIAL) == 0)
-    private = ~present & is_device_private(words)
-    exclusive = ~present & is_device_exclusive(words)
+    private = exclusive = absent = ~present
+    named = pfn_of(words)
+    if absent.any():
+        private = absent & is_device_private(words)
+        exclusive = absent & is_device_exclusive(words)
+        named = np.where(present, named, swap_offset_pfn(words))
     machine.write("pte", rows, 0)
     held = normal | private
-    dirty = pfn_of(words[normal & ((words & DIRTY) != 0)])
+    dirty = named[normal & ((words & DIRTY) != 0)]
     dirty = dirty[page_mapping(machine, dirty)]
     if dirty.size:
         set_flags(machine, unique_rows(dirty), PG_DIRTY)
-    pfns = np.where(present, pfn_of(words), swap_offset_pfn(words))[held]
-    cached = np.unique(pfns[machine["page.swap"][page_rows(machine, pfns)] != 0])
+    pfns = named if held.all() else named[held]
+    cached = unique_rows(pfns[machine["page.swap"][page_rows(machine, pfns)] != 0])
     page_remove_rmap(machine, pfns)
     put_page(machine, pfns)
     if exclusive.any():  # mapped nowhere, but held
         put_page(machine, swap_offset_pfn(words[exclusive]))
     free_swap_cache(machine, cached)
-    swapped = is_swapped(words)
+    swapped = is_swapped(words) if absent.any() else absent
     if swapped.any():
         free_swap_and_cache(machine, swap_offset(words[swapped]))
     first, last = start + int(used[0]), start + int(used[-1]) + 1

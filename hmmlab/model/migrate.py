@@ -42,7 +42,7 @@ from hmmlab.model.entry import (
 from hmmlab.model.geometry import LEVEL_PAGES, PMD_PAGES, align_down
 from hmmlab.model.huge_memory import split_huge_pmd
 from hmmlab.model.lru import lru_add_drain
-from hmmlab.model.machine import KernelError, Machine, Routine, kernel
+from hmmlab.model.machine import BLOCK, BULK, KernelError, Machine, Routine, kernel
 from hmmlab.model.migration import freeze, remove_migration_ptes, split_huge_page, try_to_migrate
 from hmmlab.model.mm_types import (
     VM_HUGETLB,
@@ -59,15 +59,20 @@ from hmmlab.model.mmu_notifier import (
     MmuNotifierRange,
     invalidate_range_end,
     invalidate_range_start,
+    series_commute,
 )
 from hmmlab.model.page import (
     GUP_PIN_COUNTING_BIAS,
+    PG_ANON,
     PG_ANON_EXCLUSIVE,
+    PG_DIRTY,
     PG_LOCKED,
     PG_LRU,
+    PG_SWAPBACKED,
     ZERO_PFN,
     alloc_pages,
     as_rows,
+    free_ram,
     get_page,
     is_device_private_page,
     is_zone_device,
@@ -77,17 +82,19 @@ from hmmlab.model.page import (
     put_page,
     set_flags,
 )
-from hmmlab.model.page_table import alloc_tables, rows_of, walk
+from hmmlab.model.page_table import alloc_tables, read_range, rows_of, walk
 from hmmlab.model.rmap import (
+    ksm_migrate_page,
     page_add_new_anon_rmap,
 )
-from hmmlab.model.state import row_numbers
+from hmmlab.model.state import are_unique, row_numbers
 
 __all__ = [
     "SELECT_DEVICE_COHERENT",
     "SELECT_DEVICE_PRIVATE",
     "SELECT_SYSTEM",
     "MigrateVma",
+    "commuting_migrations",
     "migrate_device_coherent_pages",
     "migrate_device_finalize",
     "migrate_device_pages",
@@ -120,6 +127,9 @@ class MigrateVma:
         Frames that the CPU is faulting on, each held by one more reference; int64, maybe empty.
     each
         Whether every page is a migration of its own, one after another, as faults are.
+    batch
+        Pages of one migration, where this stands for several of them, one after another, that
+        :func:`commuting_migrations` has found to commute; 0 where it is one.
     src, dst
         MIGRATE_PFN_* entries, uint64 of shape (n,).
     cpages
@@ -132,6 +142,7 @@ class MigrateVma:
     flags: int
     fault_pages: Pfns = field(default_factory=lambda: np.zeros(0, np.int64))
     each: bool = False
+    batch: int = 0
     src: Words = field(init=False)
     dst: Words = field(init=False)
     cpages: int = 0
@@ -139,6 +150,11 @@ class MigrateVma:
     def __post_init__(self) -> None:
         self.src = np.zeros(self.vpns.size, np.uint64)
         self.dst = np.zeros(self.vpns.size, np.uint64)
+
+    @property
+    def batches(self) -> int:
+        """How many migrations it stands for."""
+        return -(-self.vpns.size // self.batch) if self.batch else 1
 
     @property
     def migrating(self) -> Bools:
@@ -171,6 +187,51 @@ class MigrateVma:
         self.cpages = int(self.migrating.sum())
 
 
+# --- several at once ------------------------------------------------------------------------------
+
+#: Flags that a page may have that moves without concern to anybody else.
+_USUAL = PG_ANON | PG_ANON_EXCLUSIVE | PG_DIRTY | PG_LRU | PG_SWAPBACKED
+
+
+def commuting_migrations(
+    machine: Machine, vma: Vma, start: int, stop: int, batch: int, flags: int
+) -> int:
+    """End of the batches from ``start`` on, at least one, that may be taken as one migration.
+
+    Each of their pages is empty, or stays for what it is, or moves for sure: nobody else maps or
+    holds it. ``stop`` is within ``vma``. One batch is all there is at any grain but bulk.
+    """
+    last = min(start + batch, stop)
+    if machine.grain < BULK or last == stop or not vma.is_anonymous:
+        return last
+    if vma.flags & (VM_SPECIAL | VM_HUGETLB) or not series_commute(machine, vma.mm, start, stop):
+        return last
+    end = min(stop, start + max(BLOCK // batch, 1) * batch)
+    root = mm_root(machine, vma.mm)
+    end = min([end, *(run.start for run in walk(machine, root, start, end) if run.huge)])
+    words = read_range(machine, root, start, end)
+    present = is_present(words)
+    zero = present & ((words & SPECIAL) != 0)
+    private = (words != 0) & ~present & is_device_private(words)
+    pfns = np.where(present, pfn_of(words), np.where(private, swap_offset_pfn(words), 0))
+    chosen = np.zeros(words.size, np.bool_)
+    if flags & SELECT_DEVICE_PRIVATE:
+        chosen |= private
+    if flags & (SELECT_SYSTEM | SELECT_DEVICE_COHERENT):
+        chosen |= present & ~zero
+    rows = page_rows(machine, pfns)
+    alone = (machine["page.refcount"][rows] == 1) & (machine["page.mapcount"][rows] == 1)
+    alone &= (machine["page.flags"][rows] & np.uint32(~_USUAL & 0xFFFFFFFF)) == 0
+    alone &= (machine["page.compound"][rows] == 0) & (machine["page.swap"][rows] == 0)
+    odd = (words != 0) & ~present & ~private
+    odd |= (chosen & ~alone) | (zero & (pfns != ZERO_PFN))
+    if odd.any():
+        end = start + int(np.argmax(odd))
+    if end - start > free_ram(machine):
+        return last
+    return max(last, end if end == stop else end - (end - start) % batch)
+
+
 # --- setup ----------------------------------------------------------------------------------------
 
 
@@ -193,13 +254,10 @@ def migrate_vma_setup(machine: Machine, migrate: MigrateVma) -> Routine[None]:
             vma.mm, Event.MIGRATE, vpns, owner=migrate.pgmap_owner, vma=vma.row
         )
     else:
-        range = MmuNotifierRange.one(
-            vma.mm,
-            Event.MIGRATE,
-            int(vpns[0]),
-            int(vpns[-1]) + 1,
-            owner=migrate.pgmap_owner,
-            vma=vma.row,
+        first = vpns[:: migrate.batch or vpns.size]
+        last = np.append(first[1:], vpns[-1] + 1)
+        range = MmuNotifierRange(
+            vma.mm, Event.MIGRATE, first, last, owner=migrate.pgmap_owner, vma=vma.row
         )
     yield from invalidate_range_start(machine, range)
     yield from walk_page_range(machine, migrate, vma)
@@ -313,9 +371,11 @@ def migrate_vma_collect_pmd(
 def _first_of_each(pfns: Pfns, among: Bools) -> Bools:
     """Which of ``among`` are the first with their frame: the others find it locked."""
     first = among.copy()
+    if among.all() and are_unique(pfns):
+        return first
     members = np.flatnonzero(among)
-    if members.size > 1:
-        frames = pfns[members]
+    frames = pfns[members]
+    if not are_unique(frames):
         unique, at = np.unique(frames, return_index=True)
         if unique.size != members.size:
             first[:] = False
@@ -395,6 +455,7 @@ def _migrate_pages(machine: Machine, migrate: MigrateVma) -> Routine[None]:
         moves &= ~(page_mapping(machine, src) & is_zone_device(machine, dst))
         migrate.src[movers[~moves]] &= ~np.uint64(MIGRATE_PFN_MIGRATE)
         old, new = rows[moves], page_rows(machine, dst[moves])
+        ksm_migrate_page(machine, src[moves], dst[moves])
         for column in ("mapping", "index"):
             machine.write(f"page.{column}", as_rows(new), machine[f"page.{column}"][old])
         carried = machine["page.flags"][old] & np.uint32(~(PG_LRU | PG_ANON_EXCLUSIVE) & 0xFFFFFFFF)
@@ -412,13 +473,18 @@ def _migrate_pages(machine: Machine, migrate: MigrateVma) -> Routine[None]:
 def _fill_holes(machine: Machine, migrate: MigrateVma, vma: Vma, holes: Pfns) -> Routine[None]:
     """Insert new frames where nothing, or the zero page, was (``migrate_vma_insert_page``)."""
     vpns = migrate.vpns
-    range = MmuNotifierRange.one(
+    batch = migrate.batch or vpns.size
+    first = holes[np.diff(holes // batch, prepend=-1) != 0]
+    last = vpns[np.minimum((first // batch + 1) * batch, vpns.size) - 1]
+    # Each migration fills its holes last, so it is told with its last page.
+    range = MmuNotifierRange(
         vma.mm,
         Event.MIGRATE,
-        int(vpns[holes[0]]),
-        int(vpns[-1]) + 1,
+        vpns[first],
+        last + 1,
         owner=migrate.pgmap_owner,
         vma=vma.row,
+        order=last,
     )
     yield from invalidate_range_start(machine, range)
     root = mm_root(machine, vma.mm)

@@ -65,6 +65,7 @@ from hmmlab.model.rmap import (
     page_remove_rmap,
     rmap_walk,
 )
+from hmmlab.model.state import unique_rows
 
 __all__ = ["freeze", "remove_migration_ptes", "split_huge_page", "try_to_migrate"]
 
@@ -155,7 +156,7 @@ def remove_migration_ptes(machine: Machine, old: Pfns, new: Pfns) -> None:
     entries = machine["pte"][found.row]
     frozen = is_swap_type(entries) & is_migration(entries)
     found, entries = found.only(frozen), entries[frozen]
-    for vma_row in np.unique(found.vma).tolist():
+    for vma_row in unique_rows(found.vma).tolist():
         mine = found.vma == vma_row
         frames = new[found.which[mine]]
         vma, place = vma_at(machine, vma_row), found.only(mine)

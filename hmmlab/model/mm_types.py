@@ -123,6 +123,8 @@ Machine.declare("vma.order", np.int64, "place among the mappings of a file that 
 Machine.declare("vma.ra_page", np.int64, "page of the last read from swap for the mapping")
 Machine.declare("vma.ra_window", np.int64, "pages that were read then")
 Machine.declare("vma.ra_hits", np.int64, "pages found in the swap cache since, read ahead in time")
+Machine.declare("vma.resv", np.int32, "reservation of huge pages; -1 where the pool took them back")
+Machine.declare("resv.users", np.int32, "mappings that share a reservation of huge pages")
 Machine.declare("avc.vma", np.int32, "a mapping that belongs to an anon_vma; 0 is a free row")
 Machine.declare("avc.anon_vma", np.int32, "the anon_vma it belongs to")
 Machine.declare("avc.age", np.int64, "place in the mapping's own list, oldest first")
@@ -331,6 +333,11 @@ def vm_area_dup(machine: Machine, vma: Vma, mm: int, start: int, end: int, pgoff
     twin = new_vma(machine, mm, start, end, vma.flags, pgoff, vma.file)
     for column in _HISTORY:
         machine.write(column, twin.row, machine[column][vma.row])
+    reservation = int(machine["vma.resv"][vma.row])
+    if mm == vma.mm and reservation:  # a child has none
+        machine.write("vma.resv", twin.row, reservation)
+        if reservation > 0:
+            machine.add("resv.users", reservation, 1)
     return twin
 
 
@@ -339,7 +346,7 @@ def remove_vma(machine: Machine, vma: Vma) -> None:
     unlink_anon_vmas(machine, vma)
     for column in ("mm", "start", "end", "flags", "pgoff", "file", "order"):
         machine.write(f"vma.{column}", vma.row, 0)
-    for column in _HISTORY:
+    for column in (*_HISTORY, "vma.resv"):
         machine.write(column, vma.row, 0)
     if vma.file:
         put_file(machine, vma.file)

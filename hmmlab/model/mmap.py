@@ -7,18 +7,23 @@ from __future__ import annotations
 
 import numpy as np
 
-from hmmlab.model.filemap import new_file, put_file
-from hmmlab.model.geometry import USER_VPN_END
+from hmmlab.model.entry import Pfns, present_word
+from hmmlab.model.filemap import new_file, open_mapped_file, put_file
+from hmmlab.model.geometry import PMD_PAGES, USER_VPN_END, align_up
 from hmmlab.model.huge_memory import vma_adjust_trans_huge
+from hmmlab.model.hugetlb import hugetlb_reserve_pages, hugetlb_vm_op_close
 from hmmlab.model.lru import lru_add_drain
 from hmmlab.model.machine import KernelError, Machine, Routine, kernel
-from hmmlab.model.memory import unmap_page_range
+from hmmlab.model.memory import unmap_single_vma
 from hmmlab.model.mm_types import (
     VM_ACCOUNT,
+    VM_DONTEXPAND,
+    VM_HUGETLB,
     VM_MAYEXEC,
     VM_MAYREAD,
     VM_MAYSHARE,
     VM_MAYWRITE,
+    VM_MIXEDMAP,
     VM_SHARED,
     VM_SOFTDIRTY,
     VM_SPECIAL,
@@ -36,6 +41,7 @@ from hmmlab.model.mm_types import (
     new_vma,
     remove_vma,
     vm_area_dup,
+    vm_page_prot,
     vma_at,
     vma_lookup,
     vmas_in,
@@ -49,10 +55,13 @@ from hmmlab.model.mmu_notifier import (
     invalidate_range_start,
     mmu_notifier_release,
 )
-from hmmlab.model.page_table import free_pgtables
+from hmmlab.model.page import alloc_pages
+from hmmlab.model.page_table import alloc_tables, free_pgtables, rows_of_range
+from hmmlab.model.rmap import page_add_file_rmap
 from hmmlab.model.state import State
 
 __all__ = [
+    "close_unmapped_files",
     "do_munmap",
     "exit_mmap",
     "split_vma",
@@ -65,7 +74,7 @@ __all__ = [
 _ENOMEM, _EINVAL = 12, 22
 
 #: What can be mapped.
-KINDS = ("private", "shared", "file_private", "file_shared")
+KINDS = ("private", "shared", "file_private", "file_shared", "hugetlb", "mixed")
 
 #: First word of page 0 of a fresh file; page i holds i more.
 _FILE_CONTENT = 7000
@@ -76,24 +85,37 @@ _FILE_CONTENT = 7000
 
 @kernel("mm/mmap.c", "__x64_sys_mmap")
 def sys_mmap(
-    machine: Machine, mm: int, start: int, pages: int, prot: str, kind: str = "private"
+    machine: Machine,
+    mm: int,
+    start: int,
+    pages: int,
+    prot: str,
+    kind: str = "private",
+    device_file: int = 0,
 ) -> Routine[None]:
     """Map memory at page ``start``, in place of what is there (MAP_FIXED).
 
     ``kind`` is "private" or "shared" for anonymous memory; "file_private" or "file_shared" for a
-    fresh file, whose page i holds 7000 + i.
+    fresh file, whose page i holds 7000 + i; "mixed" for the device file ``device_file``, which puts
+    a page of zeros of its own everywhere at once.
 
     Raises
     ------
     KernelError
-        EINVAL for no pages; ENOMEM beyond the address space.
+        EINVAL for no pages, or where no huge page can begin; ENOMEM beyond the address space, or
+        when the pool has not so many huge pages left.
     """
     if pages <= 0:
         raise KernelError(_EINVAL, f"mmap of {pages} pages")
     if start < 0 or start + pages > USER_VPN_END:
         raise KernelError(_ENOMEM, f"pages {start:#x} to {start + pages:#x} leave the user half")
     flags = flags_of_prot(prot) | VM_MAYREAD | VM_MAYWRITE | VM_MAYEXEC
-    if kind in ("shared", "file_shared"):
+    if kind == "hugetlb":
+        flags |= VM_HUGETLB | VM_DONTEXPAND
+        pages = align_up(pages, PMD_PAGES)
+        if start % PMD_PAGES:
+            raise KernelError(_EINVAL, f"page {start:#x} begins no huge page")
+    elif kind in ("shared", "file_shared"):
         flags |= VM_SHARED | VM_MAYSHARE
     elif flags & VM_WRITE:
         flags |= VM_ACCOUNT
@@ -105,6 +127,15 @@ def sys_mmap(
         if kind == "private":
             vma = yield from vma_merge(machine, mm, prev, start, start + pages, flags, 0, start)
             vma = vma or new_vma(machine, mm, start, start + pages, flags, start)
+        elif kind == "hugetlb":
+            vma = yield from _map_hugetlb(machine, mm, start, start + pages, flags)
+        elif kind == "mixed":
+            pfns = alloc_pages(machine, pages)
+            file = open_mapped_file(machine, device_file)
+            flags |= VM_MIXEDMAP
+            vma = new_vma(machine, mm, start, start + pages, flags, 0, file)
+            put_file(machine, file)
+            _insert_pages(machine, vma, pfns)
         else:
             content = np.arange(_FILE_CONTENT, _FILE_CONTENT + pages, dtype=np.uint64)
             file = new_file(machine, pages, content if kind != "shared" else None)
@@ -120,6 +151,38 @@ def sys_mmap(
         )
     finally:
         machine.up_write(lock)
+    yield from close_unmapped_files(machine)
+
+
+def _map_hugetlb(machine: Machine, mm: int, start: int, stop: int, flags: int) -> Routine[Vma]:
+    """A mapping of huge pages, which are all reserved now."""
+    reservation = hugetlb_reserve_pages(machine, stop - start)
+    if not reservation:  # what the mapping might hold is taken away again
+        range = MmuNotifierRange.one(mm, Event.UNMAP, start, stop)
+        yield from invalidate_range_start(machine, range)
+        yield from invalidate_range_end(machine, range)
+        raise KernelError(_ENOMEM, "the pool has not so many huge pages left")
+    file = new_file(machine, stop - start)
+    vma = new_vma(machine, mm, start, stop, flags, 0, file)
+    put_file(machine, file)
+    machine.write("vma.resv", vma.row, reservation)
+    return vma
+
+
+def _insert_pages(machine: Machine, vma: Vma, pfns: Pfns) -> None:
+    """Map a frame at every page (``vm_insert_page``)."""
+    root = mm_root(machine, vma.mm)
+    alloc_tables(machine, root, vma.start, vma.end)
+    page_add_file_rmap(machine, pfns)
+    words = present_word(pfns, vm_page_prot(vma.flags))
+    machine.write("pte", rows_of_range(machine, root, vma.start, vma.end), words)
+
+
+def close_unmapped_files(machine: Machine) -> Routine[None]:
+    """Close device files whose last mapping went in this system call."""
+    for number in np.flatnonzero(machine["device_file.mapped"] < 0).tolist():
+        machine.write("device_file.mapped", number, 0)
+        yield from machine.objects["device_file"][number].close_file()
 
 
 @kernel("mm/mmap.c", "__x64_sys_munmap")
@@ -139,6 +202,7 @@ def sys_munmap(machine: Machine, mm: int, start: int, stop: int) -> Routine[None
         yield from do_munmap(machine, mm, start, stop)
     finally:
         machine.up_write(lock)
+    yield from close_unmapped_files(machine)
 
 
 def do_munmap(machine: Machine, mm: int, start: int, stop: int) -> Routine[None]:
@@ -164,6 +228,7 @@ def do_munmap(machine: Machine, mm: int, start: int, stop: int) -> Routine[None]
         above.start if above else USER_VPN_END,
     )
     for vma in doomed:
+        hugetlb_vm_op_close(machine, vma)
         remove_vma(machine, vma)
     yield machine.step("The mapping of {range} is gone.", mm, start, stop)
 
@@ -178,6 +243,7 @@ def exit_mmap(machine: Machine, mm: int) -> Routine[None]:
         yield from unmap_vmas(machine, mm, doomed, 0, EVERYTHING)
     free_pgtables(machine, mm_root(machine, mm), 0, USER_VPN_END, 0, USER_VPN_END)
     for vma in doomed:
+        hugetlb_vm_op_close(machine, vma)
         remove_vma(machine, vma)
     free_mm(machine, mm)
     yield machine.step("The address space is gone.", mm)
@@ -191,7 +257,7 @@ def unmap_vmas(
     range = MmuNotifierRange.one(mm, Event.UNMAP, start, stop, vma=doomed[0].row)
     yield from invalidate_range_start(machine, range)
     for vma in doomed:
-        yield from unmap_page_range(machine, vma, max(vma.start, start), min(vma.end, stop))
+        yield from unmap_single_vma(machine, vma, max(vma.start, start), min(vma.end, stop))
     yield from invalidate_range_end(machine, range)
 
 
@@ -199,7 +265,16 @@ def unmap_vmas(
 
 
 def split_vma(machine: Machine, vma: Vma, at: int) -> Routine[tuple[Vma, Vma]]:
-    """Cut a mapping at page ``at``; returns the lower part and the upper part."""
+    """Cut a mapping at page ``at``; returns the lower part and the upper part.
+
+    Raises
+    ------
+    KernelError
+        EINVAL inside of a huge page of hugetlb.
+    """
+    if vma.flags & VM_HUGETLB and at % PMD_PAGES:
+        place = machine.names.place(vma.mm, at, at + 1)
+        raise KernelError(_EINVAL, f"{place} lies inside of a huge page")
     yield from vma_adjust_trans_huge(machine, vma, at)
     upper = vm_area_dup(machine, vma, vma.mm, at, vma.end, vma.pgoff_of(at))
     anon_vma_clone(machine, upper, vma)

@@ -42,6 +42,7 @@ __all__ = [
     "mmu_notifier_register",
     "mmu_notifier_release",
     "mmu_notifier_unregister",
+    "series_commute",
 ]
 
 #: One more than the last page number of an address: the end of a range over everything.
@@ -155,6 +156,22 @@ class Subscriber(Protocol):
 def mm_has_notifiers(state: State, mm: int) -> bool:
     """Whether anybody ever subscribed to this address space; nothing is raised before."""
     return bool(state["mm.has_notifiers"][mm])
+
+
+def series_commute(state: Machine, mm: int, start: int, stop: int) -> bool:
+    """Whether several changes within pages ``start`` to ``stop - 1`` may be told kind after kind.
+
+    They may where every subscriber takes series and is hit by all of the changes or by none: then
+    the last change has the same sequence number in any order.
+    """
+    if state["mm.active_invalidations"][mm] or (state["notifier.mm"] == mm).any():
+        return False
+    mine = np.flatnonzero(state["interval.mm"] == mm)
+    starts, ends = state["interval.start"][mine], state["interval.end"][mine]
+    alike = ((starts <= start) & (ends >= stop)) | (starts >= stop) | (ends <= start)
+    return bool(alike.all()) and all(
+        state.objects["interval"][row].takes_series for row in mine.tolist()
+    )
 
 
 def _first_subscription(machine: Machine, mm: int) -> None:

@@ -10,11 +10,13 @@ from numpy.typing import NDArray
 
 from hmmlab.model.entry import SPECIAL, Bools, Pfns, is_present, pfn_of
 from hmmlab.model.filemap import replace_in_cache
+from hmmlab.model.hugetlb import is_hugetlb, replace_huge_page
 from hmmlab.model.machine import Machine, Routine, kernel
 from hmmlab.model.migration import remove_migration_ptes, try_to_migrate
 from hmmlab.model.mm_types import mm_lock, mm_root, vmas_in
 from hmmlab.model.page import (
     PG_ANON_EXCLUSIVE,
+    PG_LRU,
     alloc_huge_pages,
     alloc_pages,
     as_rows,
@@ -27,6 +29,7 @@ from hmmlab.model.page import (
     put_page,
 )
 from hmmlab.model.page_table import read_range
+from hmmlab.model.rmap import ksm_migrate_page
 from hmmlab.model.swap import replace_in_swap_cache
 
 __all__ = ["sys_move_pages"]
@@ -88,7 +91,15 @@ def _look(
     codes[usable] = 1
     codes[usable & (machine["page.mapcount"][rows] > 1)] = -_EACCES
     codes[usable & (node_of(machine, pfns) == node)] = 0
+    # Pages of a device file are in no list from which they could be taken.
     heads = machine["page.compound"][rows]
+    pool = is_hugetlb(machine, rows)
+    codes[(codes == 1) & ((machine["page.flags"][rows] & PG_LRU) == 0) & ~pool] = -_EBUSY
+    tails = np.flatnonzero((codes == 1) & pool & (heads != pfns))
+    queued = pfns[(codes == 1) & pool & (heads == pfns)]
+    # A tail is refused; but that moves the queue, and then the other tails are there.
+    first = np.diff(heads[tails], prepend=-1) != 0
+    codes[tails] = np.where(first | ~np.isin(heads[tails], queued), -_EACCES, 0)
     queued = np.flatnonzero((codes == 1) & (heads != 0))
     if queued.size > 1:  # a huge page that waits in the queue cannot be queued again
         again = queued[1:][(heads[queued[1:]] == heads[queued[:-1]])]
@@ -132,22 +143,32 @@ def _move_small(machine: Machine, pfns: Pfns, vpns: Pfns, node: int) -> Routine[
 def _move_huge(machine: Machine, head: int, vpn: int, node: int) -> Routine[bool]:
     pfns = frames_of(np.array([head]))
     pfns = pfns[machine["page.refcount"][pfns] > 0]
+    of_pool = bool(is_hugetlb(machine, pfns[:1])[0])
     get_page(machine, pfns)
     yield from try_to_migrate(machine, pfns, np.full(pfns.size, vpn), huge=True)
-    if _held(machine, pfns).any():
+    if _held(machine, pfns, int(of_pool)).any():
         remove_migration_ptes(machine, pfns, pfns)
         put_page(machine, pfns)
         return True
-    heads = alloc_huge_pages(machine, 1, node)
-    new = frames_of(heads)[pfns - head]
+    if of_pool:
+        new_head = replace_huge_page(machine, head, node)
+        if not new_head:
+            remove_migration_ptes(machine, pfns, pfns)
+            put_page(machine, pfns)
+            return True
+        frames = frames_of(np.array([new_head]))
+    else:
+        frames = frames_of(alloc_huge_pages(machine, 1, node))
+    new = frames[pfns - head]
+    put_page(machine, np.delete(frames, pfns - head))  # in place of those that are gone already
     _take_over(machine, pfns, new, np.full(pfns.size, vpn))
     put_page(machine, pfns)
     return False
 
 
-def _held(machine: Machine, pfns: Pfns) -> Bools:
-    """Which frames somebody besides us and a cache has a reference to."""
-    return machine["page.refcount"][pfns] > 1 + page_mapping(machine, pfns)
+def _held(machine: Machine, pfns: Pfns, known: int = 0) -> Bools:
+    """Which frames somebody besides us, a cache and ``known`` others has a reference to."""
+    return machine["page.refcount"][pfns] > 1 + known + page_mapping(machine, pfns)
 
 
 def _take_over(machine: Machine, old: Pfns, new: Pfns, vpns: Pfns) -> None:
@@ -159,6 +180,7 @@ def _take_over(machine: Machine, old: Pfns, new: Pfns, vpns: Pfns) -> None:
         machine.write(f"page.{column}", rows, machine[f"page.{column}"][old])
     flags = machine["page.flags"][old]
     machine.write("page.flags", rows, flags & np.uint32(~PG_ANON_EXCLUSIVE & 0xFFFFFFFF))
+    ksm_migrate_page(machine, old, new)
     in_cache = page_mapping(machine, old)
     swapped = machine["page.swap"][old] != 0
     replace_in_swap_cache(machine, old[swapped], new[swapped])

@@ -5,6 +5,8 @@ Source: mm/mprotect.c.
 
 from __future__ import annotations
 
+import contextlib
+
 import numpy as np
 
 from hmmlab.model.entry import (
@@ -30,11 +32,14 @@ from hmmlab.model.entry import (
     with_protection,
 )
 from hmmlab.model.huge_memory import split_huge_pmds_across
-from hmmlab.model.machine import KernelError, Machine, Routine, kernel
+from hmmlab.model.hugetlb import hugetlb_change_protection
+from hmmlab.model.machine import BLOCK, KernelError, Machine, Routine, kernel
+from hmmlab.model.mlock import populate_vma_page_range
 from hmmlab.model.mm_types import (
     VM_ACCESS_FLAGS,
     VM_ACCOUNT,
     VM_HUGETLB,
+    VM_LOCKED,
     VM_NORESERVE,
     VM_SHARED,
     VM_SOFTDIRTY,
@@ -46,6 +51,7 @@ from hmmlab.model.mm_types import (
     mm_lock,
     mm_root,
     vm_page_prot,
+    vma_at,
 )
 from hmmlab.model.mmap import change_vma_flags
 from hmmlab.model.mmu_notifier import (
@@ -109,14 +115,22 @@ def mprotect_fixup(
         VM_ACCOUNT | VM_WRITE | VM_HUGETLB | VM_SHARED | VM_NORESERVE
     ):
         flags |= VM_ACCOUNT  # promised memory stays promised, so this bit never goes again
+    old = vma.flags
     vma = yield from change_vma_flags(machine, vma, prev, start, stop, flags)
     yield from change_protection(machine, vma, start, stop)
+    if old & (VM_WRITE | VM_SHARED | VM_LOCKED) == VM_LOCKED and flags & VM_WRITE:
+        with contextlib.suppress(KernelError):  # locked pages break COW now, not later
+            yield from populate_vma_page_range(machine, vma, start, stop)
+        vma = vma_at(machine, vma.row)
     return vma
 
 
 @kernel("mm/mprotect.c")
 def change_protection(machine: Machine, vma: Vma, start: int, stop: int) -> Routine[None]:
     """Change the words of a mapping: one PROTECTION_VMA for each 1 GiB run that has a table."""
+    if vma.flags & VM_HUGETLB:
+        yield from hugetlb_change_protection(machine, vma, start, stop)
+        return
     root = mm_root(machine, vma.mm)
     for first, last in populated_pmds(machine, root, start, stop):
         range = MmuNotifierRange.one(vma.mm, Event.PROTECTION_VMA, first, last, vma=vma.row)
@@ -126,11 +140,13 @@ def change_protection(machine: Machine, vma: Vma, start: int, stop: int) -> Rout
         for run in walk(machine, root, first, last):
             if run.row < 0:
                 continue
-            rows = slice(run.row, run.row + run.stop - run.start)
-            words = machine["pte"][rows].copy()
-            protected = _protected(machine, vma, words, huge=run.huge)
-            changed += int((protected != words).sum())
-            machine.write("pte", rows, protected)
+            end = run.row + run.stop - run.start
+            for row in np.arange(run.row, end, BLOCK).tolist():  # over blocks
+                rows = slice(row, min(row + BLOCK, end))
+                words = machine["pte"][rows].copy()
+                protected = _protected(machine, vma, words, huge=run.huge)
+                changed += int(np.count_nonzero(protected != words))
+                machine.write("pte", rows, protected)
         yield machine.step(
             f"{{range}}: {changed} words have the rights of {vma.permissions} now.",
             vma.mm,
@@ -145,8 +161,10 @@ def _protected(machine: Machine, vma: Vma, words: Words, *, huge: bool) -> Words
 
     A huge one never becomes writable here: its next write fault makes it so.
     """
-    changed = words.copy()
     present = is_present(words)
+    if present.all() and not vma.flags & VM_WRITE:
+        return with_protection(words, vm_page_prot(vma.flags))
+    changed = words.copy()
     if present.any():
         new = with_protection(words[present], vm_page_prot(vma.flags))
         if vma.flags & VM_WRITE and not huge:

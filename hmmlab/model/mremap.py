@@ -8,10 +8,13 @@ from __future__ import annotations
 import numpy as np
 
 from hmmlab.model.entry import HUGE, SOFT_DIRTY, SWP_SOFT_DIRTY, is_present, is_swap_type
-from hmmlab.model.geometry import PMD_PAGES, USER_VPN_END
+from hmmlab.model.geometry import PMD_PAGES, USER_VPN_END, align_up
 from hmmlab.model.huge_memory import split_huge_pmds_across
+from hmmlab.model.hugetlb import clear_vma_resv_huge_pages, move_hugetlb_page_tables
+from hmmlab.model.ksm import unmerge_ksm_pages
 from hmmlab.model.machine import KernelError, Machine, Routine, kernel
 from hmmlab.model.mm_types import (
+    VM_HUGETLB,
     Vma,
     anon_vma_clone,
     find_vma_prev,
@@ -20,7 +23,7 @@ from hmmlab.model.mm_types import (
     vm_area_dup,
     vma_lookup,
 )
-from hmmlab.model.mmap import do_munmap, vma_merge
+from hmmlab.model.mmap import close_unmapped_files, do_munmap, vma_merge
 from hmmlab.model.mmu_notifier import (
     Event,
     MmuNotifierRange,
@@ -50,6 +53,12 @@ def sys_mremap(machine: Machine, mm: int, start: int, pages: int, to: int) -> Ro
     lock = mm_lock(machine, mm)
     yield from machine.down_write(lock)
     try:
+        huge = vma_lookup(machine, mm, start)
+        if huge and huge.flags & VM_HUGETLB:
+            pages = align_up(pages, PMD_PAGES)
+            stop = start + pages
+            if start % PMD_PAGES or to % PMD_PAGES or (start < to + pages and to < stop):
+                raise KernelError(_EINVAL, f"mremap of huge pages from {start:#x} to {to:#x}")
         yield from do_munmap(machine, mm, to, to + pages)
         machine.called("vma_to_resize")
         vma = vma_lookup(machine, mm, start)
@@ -59,11 +68,14 @@ def sys_mremap(machine: Machine, mm: int, start: int, pages: int, to: int) -> Ro
         yield from _move_vma(machine, vma, start, stop, to)
     finally:
         machine.up_write(lock)
+    yield from close_unmapped_files(machine)
 
 
 def _move_vma(machine: Machine, vma: Vma, start: int, stop: int, to: int) -> Routine[None]:
     """A mapping at the new place, the words moved over, and the old place unmapped."""
     mm, pages = vma.mm, stop - start
+    yield from unmerge_ksm_pages(machine, vma, start, stop)
+    vma = vma_lookup(machine, mm, start) or vma
     # A mapping without pages of its own forgets where it came from, to merge more easily.
     pgoff = vma.pgoff_of(start) if vma.anon_vma or vma.file else to
     _, prev = find_vma_prev(machine, mm, to)
@@ -75,7 +87,11 @@ def _move_vma(machine: Machine, vma: Vma, start: int, stop: int, to: int) -> Rou
         anon_vma_clone(machine, new, vma)
     # The old one may have grown into the new one.
     vma = vma_lookup(machine, mm, start) or vma
-    yield from move_page_tables(machine, vma, start, stop, to)
+    if vma.flags & VM_HUGETLB:
+        yield from move_hugetlb_page_tables(machine, vma, start, stop, to)
+        clear_vma_resv_huge_pages(machine, vma)
+    else:
+        yield from move_page_tables(machine, vma, start, stop, to)
     yield from do_munmap(machine, mm, start, stop)
 
 

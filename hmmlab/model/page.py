@@ -20,7 +20,7 @@ import numpy as np
 from hmmlab.model.entry import Pfns
 from hmmlab.model.geometry import MAX_PHYSMEM_BITS, PAGE_SHIFT, PMD_PAGES, SECTION_PAGES
 from hmmlab.model.machine import KernelError, Machine
-from hmmlab.model.state import Rows, State
+from hmmlab.model.state import Rows, State, are_unique, unique_rows
 
 __all__ = [
     "GUP_PIN_COUNTING_BIAS",
@@ -30,6 +30,7 @@ __all__ = [
     "PG_ANON",
     "PG_ANON_EXCLUSIVE",
     "PG_DIRTY",
+    "PG_KSM",
     "PG_LOCKED",
     "PG_LRU",
     "PG_READAHEAD",
@@ -43,6 +44,7 @@ __all__ = [
     "folio_maybe_dma_pinned",
     "frames_of",
     "free_mem_region",
+    "free_ram",
     "get_page",
     "is_device_private_page",
     "is_zone_device",
@@ -73,15 +75,16 @@ PG_ANON = 1 << 3
 PG_ANON_EXCLUSIVE = 1 << 4
 PG_SWAPBACKED = 1 << 5
 PG_READAHEAD = 1 << 6
+PG_KSM = 1 << 7
 
 #: Names of the flag bits, from bit 0 up.
-PAGE_FLAGS = ("locked", "dirty", "lru", "anon", "anon_exclusive", "swapbacked", "readahead")
+PAGE_FLAGS = ("locked", "dirty", "lru", "anon", "anon_exclusive", "swapbacked", "readahead", "ksm")
 
 Machine.declare("page.refcount", np.int32, "references to the frame; 0 is free")
 Machine.declare("page.mapcount", np.int32, "page-table entries that map the frame")
 Machine.declare("page.flags", np.uint32, "PG_* bits")
 Machine.declare("page.content", np.uint64, "the frame's first eight bytes")
-Machine.declare("page.mapping", np.int32, "number of the anon_vma or file that knows who maps it")
+Machine.declare("page.mapping", np.int32, "the anon_vma, file or KSM node that knows who maps it")
 Machine.declare("page.index", np.int64, "offset of the page in its mapping, in pages")
 Machine.declare("page.swap", np.int64, "slot of a frame in the swap cache; 0 for none")
 Machine.declare("page.compound", np.int64, "first frame of the huge page; 0 for a page of its own")
@@ -135,12 +138,15 @@ def page_rows(state: State, pfns: Pfns) -> Pfns:
     """Rows of the ``page.*`` columns for frame numbers (``pfn_to_page``)."""
     if pfns.size == 0 or pfns.max() < state.ram_pages:
         return pfns
-    return np.where(pfns < state.ram_pages, pfns, state.ram_pages + PHYSICAL_PAGES - 1 - pfns)
+    device = state.ram_pages + PHYSICAL_PAGES - 1 - pfns
+    if pfns.min() >= state.ram_pages:
+        return device
+    return np.where(pfns < state.ram_pages, pfns, device)
 
 
 def as_rows(rows: Pfns) -> Rows:
     """``rows`` as a slice where they are contiguous and ascending."""
-    if rows.size and rows[-1] - rows[0] == rows.size - 1 and (np.diff(rows) == 1).all():
+    if rows.size and rows[-1] - rows[0] == rows.size - 1 and (rows[1:] > rows[:-1]).all():
         return slice(int(rows[0]), int(rows[-1]) + 1)
     return rows
 
@@ -155,7 +161,7 @@ def is_device_private_page(state: State, pfns: Pfns) -> np.ndarray:
     device = is_zone_device(state, pfns)
     if not device.any():
         return device
-    kinds = state["pagemap.type"][pagemap_of(state, np.where(device, pfns, 0))]
+    kinds = state["pagemap.type"][pagemap_of(state, pfns)]
     return device & (kinds == MEMORY_DEVICE_PRIVATE)
 
 
@@ -200,7 +206,7 @@ def put_page(machine: Machine, pfns: Pfns) -> None:
     if not dead.any():
         return
     gone = pfns[dead]
-    if gone.size > 1 and (np.diff(np.sort(gone)) == 0).any():
+    if not are_unique(gone):
         gone = gone[np.sort(np.unique(gone, return_index=True)[1])]
     device = is_zone_device(machine, gone)
     if not device.all():
@@ -227,6 +233,12 @@ def _node_limits(machine: Machine, node: int) -> tuple[int, int]:
 def node_of(state: State, pfns: Pfns) -> Pfns:
     """NUMA node of frames of RAM."""
     return (pfns >= state.ram_pages // 2).astype(np.int64)
+
+
+def free_ram(state: Machine) -> int:
+    """How many frames :func:`alloc_pages` could hand out."""
+    used = state["zone.used"][:2] + state["zone.huge"][:2] - state["zone.free"][:2]
+    return state.ram_pages - int(used.sum())
 
 
 def alloc_pages(machine: Machine, count: int, node: int = 0) -> Pfns:
@@ -364,6 +376,8 @@ def memunmap_pages(machine: Machine, pagemap: int) -> None:
 
 def pagemap_of(state: State, pfns: Pfns) -> Pfns:
     """Number of the pagemap of each device frame (``page->pgmap``), 0 for none."""
+    if pfns.size == 0 or pfns.max() < state.ram_pages:
+        return np.zeros(pfns.size, np.int64)
     slots = (PHYSICAL_PAGES - 1 - pfns) // SECTION_PAGES
     table = state["section.pagemap"]
     inside = (slots >= 0) & (slots < table.size)
@@ -377,5 +391,5 @@ def _free_zone_device_page(machine: Machine, pfns: Pfns) -> None:
     for column in ("flags", "content", "mapping", "index"):
         machine.write(f"page.{column}", rows, 0)
     maps = pagemap_of(machine, pfns)
-    for pagemap in np.unique(maps).tolist():
+    for pagemap in unique_rows(maps).tolist():
         machine.objects["pagemap"][pagemap].page_free(machine, pfns[maps == pagemap])

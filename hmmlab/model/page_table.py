@@ -287,19 +287,29 @@ def free_pgtables(
             low += span
         if high > ceiling:
             high -= span
-        at = low
-        while at < high:  # over tables of the level above
-            end = min(high, align_down(at, span * ENTRIES) + span * ENTRIES)
-            table = table_of(machine, root, at, upper)
-            if table:
-                first = table * ENTRIES + index(at, upper)
-                rows = np.arange(first, first + (end - at) // span)
-                rows = rows[machine[upper][rows] != 0]
-                if rows.size:
-                    tables = (machine[upper][rows] >> np.uint64(PAGE_SHIFT)).astype(np.int64)
-                    machine.write(upper, rows, 0)
-                    _give_back(machine, level, tables)
-            at = end
+        for base, table in _tables_of(machine, root, low, high, upper):
+            at, end = max(low, base), min(high, base + span * ENTRIES)
+            first = table * ENTRIES + index(at, upper)
+            rows = first + np.flatnonzero(machine[upper][first : first + (end - at) // span])
+            if rows.size:
+                tables = (machine[upper][rows] >> np.uint64(PAGE_SHIFT)).astype(np.int64)
+                machine.write(upper, rows, 0)
+                _give_back(machine, level, tables)
+
+
+def _tables_of(state: State, root: int, start: int, stop: int, level: str) -> list[tuple[int, int]]:
+    """Tables of ``level`` that serve pages ``start`` to ``stop - 1``: first page, and number."""
+    found = [(0, root)] if start < stop else []
+    for upper in LEVELS[: LEVELS.index(level)]:
+        pages, below = LEVEL_PAGES[upper], []
+        for base, table in found:
+            first = max(start - base, 0) // pages
+            last = min(-(-(stop - base) // pages), ENTRIES)
+            words = state[upper][table * ENTRIES + first : table * ENTRIES + last]
+            for entry in np.flatnonzero(words).tolist():
+                below.append((base + (first + entry) * pages, _pointed(words[entry])))
+        found = below
+    return found
 
 
 def rows_of(state: State, root: int, vpns: np.ndarray) -> Rows:

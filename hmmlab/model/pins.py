@@ -13,14 +13,15 @@ import numpy as np
 
 from hmmlab.model.access import get_user_pages
 from hmmlab.model.entry import Pfns
+from hmmlab.model.filemap import device_file_of
 from hmmlab.model.machine import KernelError, Machine, Routine, kernel
 from hmmlab.model.migrate import migrate_device_coherent_pages
-from hmmlab.model.mm_types import mm_lock
+from hmmlab.model.mm_types import mm_lock, vmas_in
 from hmmlab.model.page import GUP_PIN_COUNTING_BIAS, as_rows, is_zone_device, page_rows, put_page
 
 __all__ = ["pin_user_pages", "unpin_user_pages", "vmsplice", "vmsplice_end"]
 
-_ENXIO, _EFAULT, _EBUSY = 6, 14, 16
+_ENXIO, _EFAULT, _EBUSY, _EOPNOTSUPP = 6, 14, 16, 95
 
 #: Pages that the pipe takes (1 MiB).
 _PIPE = 256
@@ -67,7 +68,8 @@ def pin_user_pages(machine: Machine, mm: int, start: int, stop: int) -> Routine[
     Raises
     ------
     KernelError
-        EFAULT when one cannot be had or written; EBUSY when a buffer is registered already.
+        EFAULT when one cannot be had or written; EBUSY when a buffer is registered already;
+        EOPNOTSUPP where a device file is mapped.
     """
     if _rows(machine, mm, _PIN).size:
         raise KernelError(_EBUSY, "a buffer is registered already")
@@ -79,6 +81,9 @@ def pin_user_pages(machine: Machine, mm: int, start: int, stop: int) -> Routine[
             if pfns.size < stop - start:
                 put_page(machine, pfns)
                 raise KernelError(_EFAULT, f"{machine.names.place(mm, start, stop)}: not all")
+            if any(device_file_of(machine, vma.file) for vma in vmas_in(machine, mm, start, stop)):
+                put_page(machine, pfns)
+                raise KernelError(_EOPNOTSUPP, "a device file is mapped there")
             device = pfns[is_zone_device(machine, pfns)]
             if not device.size:
                 break

@@ -24,8 +24,9 @@ from hmmlab.model.driver import Driver
 from hmmlab.model.fork import dup_mmap
 from hmmlab.model.machine import Actor, Machine, Routine, StepsOf, operation
 from hmmlab.model.madvise import ADVICE, sys_madvise
+from hmmlab.model.mlock import sys_mlock
 from hmmlab.model.mm_types import flags_of_prot, new_mm
-from hmmlab.model.mmap import KINDS, exit_mmap, sys_mmap, sys_munmap
+from hmmlab.model.mmap import KINDS, close_unmapped_files, exit_mmap, sys_mmap, sys_munmap
 from hmmlab.model.mprotect import sys_mprotect
 from hmmlab.model.mremap import sys_mremap
 from hmmlab.model.region import REGION_PAGES, REGION_START, Pages
@@ -182,11 +183,17 @@ class Process:
         for file in list(self.files.values()):
             yield from file.close_file()
         self.files.clear()
+        yield from close_unmapped_files(self.machine)
 
     # --- system calls -----------------------------------------------------------------------------
     @operation
     def mmap(
-        self, pages: int, prot: str = "rw", name: str | None = None, kind: str = "private"
+        self,
+        pages: int,
+        prot: str = "rw",
+        name: str | None = None,
+        kind: str = "private",
+        device: Driver | None = None,
     ) -> tuple[str, Routine[Pages]]:
         """Map ``pages`` pages of memory.
 
@@ -196,7 +203,8 @@ class Process:
             Letters of ``rwx``, or ``none``.
         kind
             "private" or "shared" anonymous memory, or "file_private", "file_shared": a fresh file
-            whose page i holds 7000 + i.
+            whose page i holds 7000 + i; "hugetlb" huge pages from the pool, a multiple of 512
+            pages; "mixed" the open file ``device``, which has a page of zeros everywhere at once.
         name
             What to call the region; the default is the next free letter. A region that has a
             place already is mapped there anew.
@@ -204,18 +212,26 @@ class Process:
         Raises
         ------
         ValueError
-            For no pages, a protection or a kind that is none.
+            For no pages, a protection or a kind that is none, a device where it does not belong.
+        KernelError
+            ENOMEM when the pool has not so many huge pages left.
         """
+        if (kind == "mixed") != (device is not None):
+            raise ValueError(f"device {device} for kind {kind!r}; expected one for 'mixed' alone")
+        if device is not None:
+            device.check_open()
         if kind not in KINDS:
             raise ValueError(f"kind {kind!r}; expected one of {', '.join(KINDS)}")
         if pages < 1:
             raise ValueError(f"mmap of {pages} pages; expected at least 1")
         flags_of_prot(prot)
         where = self.region(name if name is not None else self._new_name(), pages)
-        return f"mmap {where.name} {pages} {prot} {kind}", self._mapped(where, prot, kind)
+        words = f"{kind} {device.name}" if device is not None else kind
+        file = device.file if device is not None else 0
+        return f"mmap {where.name} {pages} {prot} {words}", self._mapped(where, prot, kind, file)
 
-    def _mapped(self, where: Pages, prot: str, kind: str) -> Routine[Pages]:
-        yield from sys_mmap(self.machine, self.mm, where.start, len(where), prot, kind)
+    def _mapped(self, where: Pages, prot: str, kind: str, file: int) -> Routine[Pages]:
+        yield from sys_mmap(self.machine, self.mm, where.start, len(where), prot, kind, file)
         return where
 
     @operation
@@ -256,6 +272,18 @@ class Process:
             raise ValueError(f"advice {advice!r}; expected one of {', '.join(ADVICE)}")
         routine = sys_madvise(self.machine, self.mm, where.start, where.stop, advice)
         return f"madvise {self.in_words(where)} {advice}", routine
+
+    @operation
+    def mlock(self, where: Pages) -> tuple[str, Routine[None]]:
+        """Bring pages in, and keep them in RAM.
+
+        Raises
+        ------
+        KernelError
+            ENOMEM where some are not mapped, or may not be accessed.
+        """
+        routine = sys_mlock(self.machine, self.mm, where.start, where.stop)
+        return f"mlock {self.in_words(where)}", routine
 
     @operation
     def mremap(self, where: Pages, name: str | None = None) -> tuple[str, Routine[Pages]]:

@@ -35,16 +35,18 @@ from hmmlab.model.mm_types import (
 from hmmlab.model.page import (
     PG_ANON,
     PG_ANON_EXCLUSIVE,
+    PG_KSM,
     PG_SWAPBACKED,
     as_rows,
     page_rows,
     set_flags,
 )
-from hmmlab.model.page_table import walk
+from hmmlab.model.page_table import walk, word_row
 from hmmlab.model.state import State, unique_rows
 
 __all__ = [
     "Mappings",
+    "ksm_migrate_page",
     "page_add_anon_rmap",
     "page_add_file_rmap",
     "page_add_new_anon_rmap",
@@ -52,6 +54,15 @@ __all__ = [
     "page_remove_rmap",
     "rmap_walk",
 ]
+
+
+Machine.declare("ksm_item.mm", np.int32, "address space of a page that KSM visits; 0 is free")
+Machine.declare("ksm_item.vpn", np.int64, "the page")
+Machine.declare("ksm_item.node", np.int32, "merged page that it shares; 0 for none")
+Machine.declare("ksm_item.anon_vma", np.int32, "anon_vma of its mapping when it was merged")
+Machine.declare("ksm_item.order", np.int64, "place among those that share it, latest first")
+Machine.declare("ksm_item.seen", np.int64, "checksum of its content at the last scan; 0 for none")
+Machine.declare("ksm_node.pfn", np.int64, "frame of a merged page; 0 is a free row")
 
 
 class Mappings(NamedTuple):
@@ -72,6 +83,8 @@ class Mappings(NamedTuple):
 
     def only(self, chosen: NDArray[np.bool_]) -> Mappings:
         """Some of them."""
+        if chosen.all():
+            return self
         which, vma, vpn, row, maps, rank = self
         return Mappings(
             which[chosen], vma[chosen], vpn[chosen], row[chosen], maps[chosen], rank[chosen]
@@ -143,10 +156,14 @@ def rmap_walk(state: State, pfns: Pfns) -> Mappings:
     """
     rows = page_rows(state, pfns)
     mapping, index = state["page.mapping"][rows], state["page.index"][rows]
-    anon = (state["page.flags"][rows] & PG_ANON) != 0
+    flags = state["page.flags"][rows]
+    merged = (flags & PG_KSM) != 0
+    anon = ((flags & PG_ANON) != 0) & ~merged
     found: list[tuple[NDArray[np.int64], ...]] = []
-    for kind, find in ((anon, find_vmas_of_anon_vma), (~anon, find_vmas_of_file)):
-        for number in np.unique(mapping[kind & (mapping != 0)]).tolist():
+    for number in np.flatnonzero(merged).tolist():  # over merged pages
+        found.append(_places_of_merged(state, number, int(mapping[number])))
+    for kind, find in ((anon, find_vmas_of_anon_vma), (~anon & ~merged, find_vmas_of_file)):
+        for number in unique_rows(mapping[kind & (mapping != 0)]).tolist():
             members = np.flatnonzero(kind & (mapping == number))
             for rank, vma_row in enumerate(find(state, number)):
                 vma = vma_at(state, vma_row)
@@ -157,10 +174,40 @@ def rmap_walk(state: State, pfns: Pfns) -> Mappings:
     which, vmas, vpns, words, ranks = (
         np.concatenate(column) for column in zip(*found, strict=True)
     )
-    order = np.lexsort((ranks, which))
-    which, words = which[order], words[order]
+    if len(found) > 1:
+        order = np.lexsort((ranks, which))
+        which, words = which[order], words[order]
+        vmas, vpns, ranks = vmas[order], vpns[order], ranks[order]
     named = _frames_named(np.where(words >= 0, state["pte"][words], np.uint64(0)))
-    return Mappings(which, vmas[order], vpns[order], words, named == pfns[which], ranks[order])
+    return Mappings(which, vmas, vpns, words, named == pfns[which], ranks)
+
+
+def _places_of_merged(state: State, number: int, node: int) -> tuple[NDArray[np.int64], ...]:
+    """Places of one merged page: its users', latest first, then those of their children.
+
+    Source: mm/ksm.c (``rmap_walk_ksm``).
+    """
+    users = np.flatnonzero(state["ksm_item.node"] == node)
+    users = users[np.argsort(-state["ksm_item.order"][users])]
+    places: list[tuple[int, int, int]] = []
+    for forks in (False, True):
+        for user in users.tolist():
+            vpn, mm = int(state["ksm_item.vpn"][user]), int(state["ksm_item.mm"][user])
+            for row in find_vmas_of_anon_vma(state, int(state["ksm_item.anon_vma"][user])):
+                vma = vma_at(state, row)
+                if vma.start <= vpn < vma.end and (vma.mm != mm) == forks:
+                    places.append((row, vpn, word_row(state, mm_root(state, vma.mm), vpn)))
+    table = np.array(places, np.int64).reshape(-1, 3)
+    which = np.full(len(places), number)
+    return which, table[:, 0], table[:, 1], table[:, 2], np.arange(len(places))
+
+
+def ksm_migrate_page(machine: Machine, old: Pfns, new: Pfns) -> None:
+    """Let merged pages be found at their new frames."""
+    merged = (machine["page.flags"][page_rows(machine, old)] & PG_KSM) != 0
+    if merged.any():
+        nodes = machine["page.mapping"][page_rows(machine, old[merged])]
+        machine.write("ksm_node.pfn", nodes.astype(np.int64), new[merged])
 
 
 def _frames_named(words: Words) -> Pfns:

@@ -16,7 +16,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from hmmlab.model.names import Names
 
-__all__ = ["Rows", "State", "first_and_last", "row_numbers", "unique_rows"]
+__all__ = ["Rows", "State", "are_unique", "first_and_last", "row_numbers", "unique_rows"]
 
 #: Rows of a column: a slice where they are contiguous, an int64 array otherwise, or one row.
 Rows = slice | NDArray[np.int64] | int
@@ -43,11 +43,20 @@ def row_numbers(rows: Rows) -> NDArray[np.int64]:
     return np.atleast_1d(np.asarray(rows, np.int64))
 
 
+def are_unique(rows: NDArray[np.int64]) -> bool:
+    """Whether no row stands twice; ascending and descending rows are found so without sorting."""
+    if (rows[1:] > rows[:-1]).all() or (rows[1:] < rows[:-1]).all():
+        return True
+    return unique_rows(rows).size == rows.size
+
+
 def unique_rows(rows: NDArray[np.int64]) -> NDArray[np.int64]:
     """The different ones of ``rows``, ascending.
 
     Sorting takes 8 ns a row at a million; ``np.unique``, which hashes, takes 800.
     """
+    if (rows[1:] > rows[:-1]).all():
+        return rows
     ordered = np.sort(rows)
     return ordered[np.append(True, ordered[1:] != ordered[:-1])[: ordered.size]]
 

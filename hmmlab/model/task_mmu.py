@@ -25,6 +25,7 @@ from hmmlab.model.entry import (
 )
 from hmmlab.model.machine import Machine, Routine, kernel
 from hmmlab.model.mm_types import (
+    VM_HUGETLB,
     VM_PFNMAP,
     VM_SOFTDIRTY,
     is_cow_mapping,
@@ -79,8 +80,9 @@ def read_pagemap(machine: Machine, mm: int, start: int, stop: int) -> Words:
         present, (words & SOFT_DIRTY) != 0, swap & ((words & SWP_SOFT_DIRTY) != 0)
     )
     for vma in vmas_in(machine, mm, start, stop):
-        if vma.flags & VM_SOFTDIRTY:
-            soft_dirty[max(vma.start - start, 0) : vma.end - start] = True
+        if vma.flags & (VM_SOFTDIRTY | VM_HUGETLB):  # hugetlb knows of mappings only
+            marked = bool(vma.flags & VM_SOFTDIRTY)
+            soft_dirty[max(vma.start - start, 0) : vma.end - start] = marked
     # The huge page of zeros has a struct page that is looked at, the small one has not.
     huge_zeros = present & ((words & SPECIAL) != 0) & (pfn_of(words) != ZERO_PFN)
     anon = (machine["page.flags"][rows] & PG_ANON) != 0
@@ -111,7 +113,7 @@ def clear_refs_soft_dirty(machine: Machine, mm: int) -> Routine[None]:
         range = MmuNotifierRange.one(mm, Event.SOFT_DIRTY, 0, EVERYTHING)
         yield from invalidate_range_start(machine, range)
         for vma in vmas_of(machine, mm):
-            if vma.flags & VM_PFNMAP:
+            if vma.flags & (VM_PFNMAP | VM_HUGETLB):
                 continue
             for run in walk(machine, mm_root(machine, mm), vma.start, vma.end):
                 if run.row >= 0:

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hmmlab.model.access import get_user_pages
-from hmmlab.model.driver import Answer, Driver
+from hmmlab.model.driver import Answer, Driver, backing
 from hmmlab.model.entry import (
     DEVICE_ATOMIC,
     DEVICE_VALID,
@@ -33,12 +33,13 @@ from hmmlab.model.entry import (
 from hmmlab.model.exclusive import make_device_exclusive
 from hmmlab.model.geometry import SECTION_PAGES
 from hmmlab.model.hmm import HmmRange
-from hmmlab.model.machine import KernelError, Machine, Routine, kernel, operation
+from hmmlab.model.machine import BLOCK, BULK, KernelError, Machine, Routine, kernel, operation
 from hmmlab.model.migrate import (
     SELECT_DEVICE_COHERENT,
     SELECT_DEVICE_PRIVATE,
     SELECT_SYSTEM,
     MigrateVma,
+    commuting_migrations,
     migrate_device_finalize,
     migrate_device_pages,
     migrate_device_range,
@@ -65,6 +66,7 @@ from hmmlab.model.page import (
     is_device_private_page,
     is_zone_device,
     memremap_pages,
+    memunmap_pages,
     page_rows,
     pagemap_of,
     put_page,
@@ -100,6 +102,8 @@ PROT_DEV_COHERENT_REMOTE = 0x50
 Machine.declare("dmirror_device.chunk", np.int64, "first frame of a unit's newest chunk")
 Machine.declare("dmirror_device.fresh", np.int64, "frames of that chunk never handed out")
 Machine.declare("dmirror_device.free", np.int64, "frames of a unit on its free list")
+Machine.declare("dmirror_chunk.number", np.int64, "place of a pagemap's chunk among all, by age")
+Machine.declare("dmirror_chunk.remove", np.int32, "1 for a pagemap whose chunk is being given up")
 for _unit in UNITS:
     Machine.declare(f"dmirror_device.free_list.{_unit}", np.int64, f"free frames of unit {_unit}")
 
@@ -131,17 +135,66 @@ class DmirrorDevice:
             raise KernelError(_ENOMEM, f"unit {self.unit} has one chunk of memory only")
         first = free_mem_region(self.machine, CHUNK_PAGES)
         kind = MEMORY_DEVICE_COHERENT if self.coherent else MEMORY_DEVICE_PRIVATE
-        memremap_pages(self.machine, first, CHUNK_PAGES, self.owner, self, kind)
+        pagemap = memremap_pages(self.machine, first, CHUNK_PAGES, self.owner, self, kind)
+        number = int(self.machine["dmirror_chunk.number"].max(initial=0)) + 1
+        self.machine.write("dmirror_chunk.number", pagemap, number)
         self.machine.write("dmirror_device.chunk", self.unit, first)
         self.machine.write("dmirror_device.fresh", self.unit, CHUNK_PAGES)
 
     def chunks(self) -> Iterator[tuple[int, int]]:
         """First frame of each chunk, and the one past its last, oldest chunk first."""
-        for pagemap in np.flatnonzero(self.machine["pagemap.owner"] == self.owner).tolist():
+        mine = np.flatnonzero(self.machine["pagemap.owner"] == self.owner)
+        for pagemap in mine[np.argsort(self.machine["dmirror_chunk.number"][mine])].tolist():
             yield (
                 int(self.machine["pagemap.first"][pagemap]),
                 int(self.machine["pagemap.last"][pagemap]),
             )
+
+    @kernel("lib/test_hmm.c", "dmirror_device_remove_chunks")
+    def remove_chunks(self) -> Routine[None]:
+        """Give up all device memory, chunk by chunk; what is on it comes home to RAM first.
+
+        A frame that somebody holds cannot go: it waits for that.
+        """
+        machine = self.machine
+        for first, last in list(self.chunks()):
+            pagemap = int(pagemap_of(machine, np.array([first]))[0])
+            machine.write("dmirror_chunk.remove", pagemap, 1)
+            self._remove_free_pages(first, last)
+            yield from self.evict_chunk(first, last)
+            rows = np.sort(page_rows(machine, np.arange(first, last)))
+            while machine["page.refcount"][as_rows(rows)].any():
+                yield machine.step(
+                    "Somebody holds device memory that is to go.", lock="a page of the device"
+                )
+            memunmap_pages(machine, pagemap)
+            for column in ("remove", "number"):
+                machine.write(f"dmirror_chunk.{column}", pagemap, 0)
+        for column in ("chunk", "fresh", "free"):
+            machine.write(f"dmirror_device.{column}", self.unit, 0)
+        yield machine.step("The device has no memory; the next migration makes a new chunk.")
+
+    def _remove_free_pages(self, first: int, last: int) -> None:
+        """Take a chunk's free frames off the list. Habit: those before its last one go too."""
+        machine, unit = self.machine, self.unit
+        if machine["dmirror_device.chunk"][unit] == first:
+            machine.write("dmirror_device.fresh", unit, 0)
+            machine.write("dmirror_device.free", unit, 0)
+        free = machine[self.free_list][: int(machine["dmirror_device.free"][unit])]
+        mine = np.flatnonzero((free >= first) & (free < last))
+        if mine.size:
+            machine.write("dmirror_device.free", unit, int(mine[0]))
+
+    @kernel("lib/test_hmm.c", "dmirror_device_evict_chunk")
+    def evict_chunk(self, first: int, last: int) -> Routine[None]:
+        """Bring what is on frames ``first`` to ``last - 1`` home to RAM, wherever it is mapped."""
+        machine = self.machine
+        migrate = yield from migrate_device_range(machine, np.arange(first, last), self.owner)
+        wanted = np.flatnonzero(migrate.migrating)
+        if wanted.size:
+            _fill_dst(machine, migrate, wanted)
+        yield from migrate_device_pages(machine, migrate)
+        yield from migrate_device_finalize(machine, migrate)
 
     def alloc_pages(self, count: int, file: int) -> Pfns:
         """Up to ``count`` device frames for ``file``, locked, in the order of handing out."""
@@ -187,6 +240,7 @@ class DmirrorDevice:
         if not self.coherent:
             put_page(machine, machine["page.private"][rows])
         machine.write("page.private", rows, 0)
+        pfns = pfns[machine["dmirror_chunk.remove"][pagemap_of(machine, pfns)] == 0]
         free = int(machine["dmirror_device.free"][self.unit])
         machine.write(self.free_list, slice(free, free + pfns.size), pfns)
         machine.write("dmirror_device.free", self.unit, free + pfns.size)
@@ -200,6 +254,22 @@ class DmirrorDevice:
         for first, last in pairwise(edges):
             mirror: Dmirror = machine.objects["device_file"][int(files[first])]
             yield from mirror.devmem_fault(vma, vpns[first:last], pfns[first:last])
+
+
+def _copy(machine: Machine, source: Pfns, target: Pfns, copied: NDArray[np.bool_]) -> None:
+    """Copy content from RAM to RAM, or leave zeros where nothing is copied."""
+    content = machine["page.content"]
+    words = np.where(copied, content[page_rows(machine, source)], np.uint64(0))
+    machine.write("page.content", as_rows(page_rows(machine, target)), words)
+
+
+def _fill_dst(machine: Machine, migrate: MigrateVma, wanted: NDArray[np.int64]) -> None:
+    """New, locked frames of RAM as ``dst`` of ``wanted``, with the content of ``src``."""
+    frames = alloc_pages(machine, wanted.size)
+    set_flags(machine, frames, PG_LOCKED)
+    source = backing(machine, migrate.src_pfns[wanted])
+    _copy(machine, source, frames, copied=np.ones(wanted.size, np.bool_))
+    migrate.dst[wanted] = migrate_pfn(frames) | (migrate.src[wanted] & np.uint64(MIGRATE_PFN_WRITE))
 
 
 @Machine.at_boot
@@ -274,6 +344,15 @@ class Dmirror(Driver):
         routine = self.migrate_to_system(where.start, where.stop)
         return self.say("to_sys", where), self._cpages_of(routine)
 
+    @operation
+    def release(self) -> tuple[str, Routine[int]]:
+        """Give up all memory of the device: what any process has there comes back to RAM.
+
+        Returns 0. The next migration to the device makes new memory.
+        """
+        self.check_open()
+        return f"release {self.name}", self._cpages_of(self.release_memory())
+
     # --- invalidation -----------------------------------------------------------------------------
     def invalidate(
         self, subscription: int, range: MmuNotifierRange, cur_seq: int
@@ -328,8 +407,10 @@ class Dmirror(Driver):
             What the walk raises; bytes of the batches before it are there.
         """
         answer = Answer(out)
-        for first in np.arange(start, start + out.size, self.batch).tolist():  # over batches
-            last = min(first + self.batch, start + out.size)
+        # Looking changes nothing, so that batches commute.
+        batch = BLOCK if self.machine.grain == BULK else self.batch
+        for first in np.arange(start, start + out.size, batch).tolist():  # over batches
+            last = min(first + batch, start + out.size)
             range = HmmRange(
                 self.mm,
                 0,
@@ -372,8 +453,10 @@ class Dmirror(Driver):
         return kind.astype(np.uint8)
 
     # --- migration --------------------------------------------------------------------------------
-    def _batches(self, start: int, stop: int) -> Iterator[tuple[Vma, Pfns]]:
+    def _batches(self, start: int, stop: int, flags: int) -> Iterator[MigrateVma]:
         """Batches of the range, each in one mapping. Habit: 64 pages, counted from the start.
+
+        In bulk as many are one migration as commute.
 
         Raises
         ------
@@ -386,8 +469,10 @@ class Dmirror(Driver):
             if vma is None or not vma.flags & VM_READ:
                 place = self.machine.names.place(self.mm, at, at + 1)
                 raise KernelError(_EINVAL, f"{place}: nothing there that can be read")
-            end = min(at + self.batch, stop, vma.end)
-            yield vma, np.arange(at, end)
+            limit = min(stop, vma.end)
+            end = commuting_migrations(self.machine, vma, at, limit, self.batch, flags)
+            batch = self.batch if end - at > self.batch else 0
+            yield MigrateVma(vma, np.arange(at, end), self.device, flags, batch=batch)
             at = end
 
     @kernel("lib/test_hmm.c", "dmirror_migrate_to_device")
@@ -402,13 +487,13 @@ class Dmirror(Driver):
         lock = mm_lock(self.machine, self.mm)
         yield from self.machine.down_read(lock)
         try:
-            for vma, vpns in self._batches(start, stop):
-                migrate = MigrateVma(vma, vpns, self.device, SELECT_SYSTEM)
-                yield from migrate_vma_setup(self.machine, migrate)
-                yield from self._copy_to_device(migrate)
-                yield from migrate_vma_pages(self.machine, migrate)
-                yield from self._map_migrated(migrate)
-                yield from migrate_vma_finalize(self.machine, migrate)
+            for migrate in self._batches(start, stop, SELECT_SYSTEM):
+                with self.machine.bulk(migrate.batches):
+                    yield from migrate_vma_setup(self.machine, migrate)
+                    yield from self._copy_to_device(migrate)
+                    yield from migrate_vma_pages(self.machine, migrate)
+                    yield from self._map_migrated(migrate)
+                    yield from migrate_vma_finalize(self.machine, migrate)
         finally:
             self.machine.up_read(lock)
         return (yield from self._read_back(start, stop))
@@ -433,19 +518,13 @@ class Dmirror(Driver):
             frames = self.mdevice.alloc_pages(wanted.size, self.file)
             wanted = wanted[: frames.size]
             source = migrate.src_pfns[wanted]
-            self._copy(source, self.backing(frames), copied=migrate.valid[wanted])
+            _copy(self.machine, source, backing(self.machine, frames), migrate.valid[wanted])
             hole_writable = ~migrate.valid[wanted] & bool(migrate.vma.flags & VM_WRITE)
             writable = migrate.writable[wanted] | hole_writable
             migrate.dst[wanted] = migrate_pfn(frames) | np.where(
                 writable, np.uint64(MIGRATE_PFN_WRITE), np.uint64(0)
             )
         yield self._migration_step(migrate, f"{self.name} copies {wanted.size} pages of {{range}}.")
-
-    def _copy(self, source: Pfns, target: Pfns, copied: NDArray[np.bool_]) -> None:
-        """Copy content from RAM to RAM, or leave zeros where nothing is copied."""
-        content = self.machine["page.content"]
-        words = np.where(copied, content[page_rows(self.machine, source)], np.uint64(0))
-        self.machine.write("page.content", as_rows(page_rows(self.machine, target)), words)
 
     def _migration_step(self, migrate: MigrateVma, text: str) -> Step:
         first, last = int(migrate.vpns[0]), int(migrate.vpns[-1]) + 1
@@ -478,13 +557,13 @@ class Dmirror(Driver):
         lock = mm_lock(self.machine, self.mm)
         yield from self.machine.down_read(lock)
         try:
-            for vma, vpns in self._batches(start, stop):
-                migrate = MigrateVma(vma, vpns, self.device, self.selects)
-                yield from migrate_vma_setup(self.machine, migrate)
-                yield from self._copy_to_ram(migrate)
-                yield from migrate_vma_pages(self.machine, migrate)
-                answer.cpages += int((migrate.valid & migrate.migrating).sum())
-                yield from migrate_vma_finalize(self.machine, migrate)
+            for migrate in self._batches(start, stop, self.selects):
+                with self.machine.bulk(migrate.batches):
+                    yield from migrate_vma_setup(self.machine, migrate)
+                    yield from self._copy_to_ram(migrate)
+                    yield from migrate_vma_pages(self.machine, migrate)
+                    answer.cpages += int((migrate.valid & migrate.migrating).sum())
+                    yield from migrate_vma_finalize(self.machine, migrate)
         finally:
             self.machine.up_read(lock)
         return answer
@@ -506,19 +585,9 @@ class Dmirror(Driver):
             among = np.zeros(stop - start, np.bool_)
             among[migrate.vpns[wanted] - start] = True
             self.forget(start, stop, among)
-            self._fill_dst(migrate, wanted)
+            _fill_dst(self.machine, migrate, wanted)
         yield self._migration_step(
             migrate, f"{self.name} forgets {wanted.size} pages of {{range}} and copies them to RAM."
-        )
-
-    def _fill_dst(self, migrate: MigrateVma, wanted: NDArray[np.int64]) -> None:
-        """New, locked frames of RAM as ``dst`` of ``wanted``, with the content of ``src``."""
-        frames = alloc_pages(self.machine, wanted.size)
-        set_flags(self.machine, frames, PG_LOCKED)
-        source = self.backing(migrate.src_pfns[wanted])
-        self._copy(source, frames, copied=np.ones(wanted.size, np.bool_))
-        migrate.dst[wanted] = migrate_pfn(frames) | (
-            migrate.src[wanted] & np.uint64(MIGRATE_PFN_WRITE)
         )
 
     # --- exclusive access -------------------------------------------------------------------------
@@ -594,11 +663,10 @@ class Dmirror(Driver):
     def give_back_memory(self) -> Routine[None]:
         """Habit: closing any file empties the device, for every process, chunk by chunk."""
         for first, last in list(self.mdevice.chunks()):
-            migrate = yield from migrate_device_range(
-                self.machine, np.arange(first, last), self.device
-            )
-            wanted = np.flatnonzero(migrate.migrating)
-            if wanted.size:
-                self._fill_dst(migrate, wanted)
-            yield from migrate_device_pages(self.machine, migrate)
-            yield from migrate_device_finalize(self.machine, migrate)
+            yield from self.mdevice.evict_chunk(first, last)
+
+    @kernel("lib/test_hmm.c", "dmirror_fops_unlocked_ioctl")
+    def release_memory(self) -> Routine[Answer]:
+        """Give up all memory of the device, of every process (the ioctl RELEASE)."""
+        yield from self.mdevice.remove_chunks()
+        return Answer()

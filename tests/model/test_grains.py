@@ -45,8 +45,9 @@ def reading(machine):
             for word in read_range(machine, root, vma.start, vma.end):
                 pfn = entry.device_pfn(np.array([word]))[0]
                 told.append((int(word) & 0xFFF, number(pfn)) if word else 0)
-    free = int(machine["dmirror_device.free"][0])
-    told.append(machine["dmirror_device.free_list.0"][:free].tolist())
+    for unit in range(3):
+        free = int(machine["dmirror_device.free"][unit])
+        told.append(machine[f"dmirror_device.free_list.{unit}"][:free].tolist())
     told.append([int(machine["zone.free"][0]) - int(machine["zone.used"][0])])
     return told
 
@@ -188,3 +189,120 @@ def test_content_survives_every_journey(grain):
     assert session.do("to_dev d0 A 0 70")["data"] == expected
     assert session.do("to_sys d0 A 0 70")["cpages"] == 70
     assert session.do("read d0 A 0 70")["data"] == expected
+
+
+# --- several batches of a driver at once ----------------------------------------------------------
+
+WIDE = 3 * 64 + 40  # four batches from page 0
+MIRRORS = [
+    *("open d0 0", "open d1 1", "open c0 2"),
+    f"mmap A {WIDE} rw private",
+]
+
+
+@st.composite
+def wide_operation(draw):
+    offset = draw(st.sampled_from([0, 0, 0, 3, 64, 100]))
+    pages = draw(st.sampled_from([WIDE - offset, WIDE - offset, 64, 65, 1, 128]))
+    span = f"A {offset} {min(pages, WIDE - offset)}"
+    device = draw(st.sampled_from(["d0", "d0", "d1", "c0"]))
+    verb = draw(
+        st.sampled_from(
+            ["load", "store", "read", "write", "to_dev", "to_dev", "to_sys", "snapshot"]
+        )
+    )
+    rare = draw(
+        st.sampled_from(["dontneed", "free", "mprotect", "munmap", "fork", "on_child", "exclusive"])
+    )
+    one = f"A {draw(st.integers(0, WIDE - 1))} {draw(st.integers(1, 3))}"
+    verb = draw(st.sampled_from([verb, verb, rare]))
+    return {
+        "load": f"load {span}",
+        "store": f"store {draw(st.sampled_from([span, one]))} {draw(st.integers(0, 1000))}",
+        "write": f"write {device} {span} 7000",
+        "dontneed": f"madvise {one} dontneed",
+        "free": f"madvise {one} free",
+        "mprotect": f"mprotect {one} {draw(st.sampled_from(['r', 'none']))}",
+        "munmap": f"munmap {one}",
+        "fork": "fork K",
+        "on_child": f"on K store {one} 9000",
+        "exclusive": f"exclusive d0 {one}",
+    }.get(verb, f"{verb} {device} {span}")
+
+
+def wide_session(lines, grain, begin=MIRRORS):
+    session = Session(Machine(8192, grain=grain), record=False)
+    forked = False
+    for line in [*begin, *lines]:
+        if line.startswith(("fork", "on")) and (line == "fork K") == forked:
+            continue
+        forked |= line == "fork K"
+        words = line.split()
+        if words[0] in ("load", "store", "madvise", "mprotect", "munmap") and len(words) > 3:
+            line = " ".join([*words[:3], str(min(int(words[3]), WIDE - int(words[2]))), *words[4:]])
+        session.do(line)
+    return session
+
+
+@SLOW
+@given(st.lists(wide_operation(), min_size=2, max_size=10))
+def test_batches_at_once_are_batch_by_batch(lines):
+    bulk, some, single = (wide_session(lines, grain) for grain in (BULK, 100, 1))
+    for one, other in ((bulk, some), (bulk, single)):
+        for mine, theirs in zip(one.answers, other.answers, strict=True):
+            assert mine == theirs
+        assert reading(one.machine) == reading(other.machine)
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        # Holes in some batches, zero pages in others, and a device that hears of both.
+        ["store A 0 20 1", "load A 70 30", "read d1 A 0 100", f"to_dev d0 A 0 {WIDE}"],
+        # Shared pages: each batch tells of its copies before the next one migrates.
+        ["store A 0 232 1", "fork K", "read d1 A 0 232", f"to_dev d0 A 0 {WIDE}"],
+        ["store A 0 232 1", "fork K", f"write d0 A 0 {WIDE} 500", "read d1 A 0 232"],
+        ["load A 0 232", "read d0 A 0 232", "read d1 A 0 232", f"write d0 A 0 {WIDE} 500"],
+        # Pages of another device in a later batch.
+        ["to_dev d1 A 100 10", "store A 0 80 1", f"to_dev d0 A 0 {WIDE}", "snapshot d0 A 0 232"],
+        ["to_dev d1 A 100 10", f"read d0 A 0 {WIDE}", f"write d0 A 0 {WIDE} 1"],
+        ["to_dev c0 A 100 90", f"to_dev d0 A 0 {WIDE}", f"to_sys c0 A 0 {WIDE}"],
+        # Refused in a later batch: what came before stays.
+        ["mprotect A 150 1 r", f"write d0 A 0 {WIDE} 1", "snapshot d0 A 0 232"],
+        ["munmap A 150 1", f"read d0 A 0 {WIDE}", f"to_dev d0 A 0 {WIDE}", "snapshot d0 A 0 232"],
+        ["mprotect A 150 1 none", f"to_dev d0 A 0 {WIDE}", f"to_sys d0 A 0 {WIDE}"],
+        [
+            f"to_dev d0 A 0 {WIDE}",
+            "mprotect A 0 232 r",
+            "mprotect A 0 232 rw",
+            "write d0 A 0 232 1",
+        ],
+        # Frames go back and come again, last in, first out.
+        ["store A 0 232 1", f"to_dev d0 A 3 {WIDE - 3}", "to_sys d0 A 50 100", "to_dev d0 A 0 90"],
+        [f"to_dev d0 A 0 {WIDE}", "load A 10 120", "store A 3 1 5", f"to_dev d0 A 0 {WIDE}"],
+        ["store A 0 232 1", "madvise A 100 20 free", "fork K", "to_dev d0 A 0 232"],
+        [
+            "store A 0 232 1",
+            "pin A 130 2",
+            f"to_dev d0 A 0 {WIDE}",
+            "hold A 60 2",
+            "to_dev d0 A 0 9",
+        ],
+    ],
+)
+def test_batches_that_meet_something(lines):
+    bulk, single = (wide_session(lines, grain) for grain in (BULK, 1))
+    assert bulk.answers == single.answers
+    assert reading(bulk.machine) == reading(single.machine)
+
+
+@pytest.mark.parametrize("ram", [600, 700, 800])
+@pytest.mark.parametrize("verb", ["to_dev d0 A 0 600", "write d0 A 0 600 1"])
+def test_batches_when_memory_ends(ram, verb):
+    begin = ["open d0 0", "mmap A 600 rw private", "store A 0 200 1", "fork K"]
+    sessions = [Session(Machine(ram, grain=grain), record=False) for grain in (BULK, 64, 1)]
+    for session in sessions:
+        for line in begin:
+            session.do(line)
+    answers = [session.do(verb) for session in sessions]
+    assert answers[0]["ret"] == answers[1]["ret"] == answers[2]["ret"]

@@ -1,5 +1,6 @@
 import pytest
 
+from hmmlab import Session
 from hmmlab.widgets.playhead import Playhead
 from hmmlab.widgets.timeline import MAX_STEPS, StepList, Timeline, step_rows
 
@@ -37,7 +38,9 @@ def test_calls_of_one_function_in_a_row_are_one_row(session):
     assert any(" × " in function for _, function, _, _ in rows)
 
 
-def test_a_long_operation_shows_the_steps_around_the_current_one(session):
+def test_a_long_operation_shows_the_steps_around_the_current_one():
+    session = Session(grain=64)
+    session.do("open d0 0")
     session.do("mmap C 3000 rw private")
     session.do("store C 0 3000 1")
     session.do("to_dev d0 C 0 3000")

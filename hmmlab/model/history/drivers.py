@@ -101,9 +101,9 @@ class Driver61(EraDriver):
         self.note("mmu_interval_notifier_insert")
         return self
 
-    def release(self) -> Routine[None]:
+    def release_file(self) -> Routine[None]:
         """End the subscription."""
-        yield from super().release()
+        yield from super().release_file()
         self.note("mmu_interval_notifier_remove")
 
     def invalidate(self, subscription: int, range: MmuNotifierRange, cur_seq: int) -> Any:

@@ -35,11 +35,11 @@ class _MirrorDriver(EraDriver):
         self.note("hmm_mirror_register", answer)
         return self
 
-    def release(self) -> Routine[None]:
+    def release_file(self) -> Routine[None]:
         """Take the mirror off the list."""
         yield from hmm_mirror_unregister(self.machine, self.mirror)
         self.note("hmm_mirror_unregister")
-        yield from super().release()
+        yield from super().release_file()
 
     def counter(self) -> str:
         """Changes so far until 4.19, changes that run since 5.2."""

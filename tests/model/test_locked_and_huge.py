@@ -1,0 +1,182 @@
+"""mlock, mappings of a device file, huge pages of the pool, and a device without memory."""
+
+import numpy as np
+import pytest
+
+from hmmlab import KernelError, Machine, Process
+from hmmlab.invariants import violations
+
+PMD_PAGES = 512
+
+
+@pytest.fixture
+def machine():
+    return Machine(1 << 15)  # a pool of eight pages on each node
+
+
+def snapshot(device, where):
+    return device.snapshot(where).tolist()
+
+
+def refused(name):
+    return pytest.raises(KernelError, match=name)
+
+
+# --- mlock ----------------------------------------------------------------------------------------
+
+
+def test_locked_pages_are_there_and_stay(machine, process, device):
+    a = process.mmap(8)
+    device.to_dev(a[:2])
+    process.mlock(a[:4])
+    assert snapshot(device, a) == [0x02] * 4 + [0] * 4
+    for advice in ("dontneed", "free", "pageout", "cold"):
+        with refused("EINVAL"):
+            process.madvise(a[:4], advice)
+    process.madvise(a[4:], "dontneed")
+    device.to_dev(a[:4])
+    assert snapshot(device, a[:4]) == [0x22] * 4
+    assert violations(machine) == []
+
+
+def test_a_hole_and_a_wall_cannot_be_locked(process):
+    a = process.mmap(8)
+    process.munmap(a[4])
+    with refused("ENOMEM"):
+        process.mlock(a)
+    with refused("EINVAL"):  # what lies before the hole is locked all the same
+        process.madvise(a[:4], "dontneed")
+    wall = process.mmap(2, "none")
+    with refused("ENOMEM"):
+        process.mlock(wall)
+
+
+def test_a_child_has_no_locked_pages(process):
+    a = process.mmap(2)
+    process.mlock(a)
+    child = process.fork()
+    child.madvise(child.here(a), "dontneed")
+    assert child.load(child.here(a)).tolist() == [0, 0]
+
+
+# --- a device file mapped -------------------------------------------------------------------------
+
+
+def test_a_device_file_has_its_pages_at_once_and_never_again(machine, process, device):
+    a = process.mmap(4, kind="mixed", device=device)
+    assert snapshot(device, a) == [0x01] * 4
+    process.madvise(a[2], "dontneed")
+    with pytest.raises(KernelError, match="SIGBUS"):
+        process.store(a, [1, 2, 3, 4])
+    assert process.load(a[:2]).tolist() == [1, 2]
+    with refused("EFAULT"):
+        device.read(a)
+    assert violations(machine) == []
+
+
+def test_a_mapped_device_file_stays_open(machine, process, device):
+    a, b = process.mmap(2, kind="mixed", device=device), process.mmap(2)
+    device.to_dev(b)
+    file = device.file
+    device.close()
+    assert machine["device_file.mm"][file]
+    process.munmap(a)
+    assert not machine["device_file.mm"][file]
+    assert process.load(b).tolist() == [0, 0]
+    assert violations(machine) == []
+
+
+def test_a_device_belongs_to_mixed_alone(process, device):
+    with pytest.raises(ValueError, match="mixed"):
+        process.mmap(1, kind="mixed")
+    with pytest.raises(ValueError, match="mixed"):
+        process.mmap(1, device=device)
+
+
+# --- hugetlb --------------------------------------------------------------------------------------
+
+
+def test_a_huge_page_is_one_answer_for_512_pages(machine, process, device):
+    a = process.mmap(1024, kind="hugetlb")
+    assert snapshot(device, a[:2]) == [0, 0]
+    process.load(a[3])
+    assert snapshot(device, a[:2]) == [0x05] * 2
+    device.write(a[510:514], range(4))
+    assert snapshot(device, a[508:516]) == [0x06] * 8
+    assert process.load(a[510:514]).tolist() == [0, 1, 2, 3]
+    with refused("EINVAL"):
+        device.to_dev(a[:4])
+    assert violations(machine) == []
+
+
+def test_a_huge_page_cannot_be_cut(process):
+    a = process.mmap(1024, kind="hugetlb")
+    for refusal in (
+        lambda: process.munmap(a[3:5]),
+        lambda: process.mprotect(a[:3], "r"),
+        lambda: process.madvise(a[3:600], "dontneed"),
+    ):
+        with refused("EINVAL"):
+            refusal()
+    process.store(a, 1)
+    process.madvise(a[:600], "dontneed")  # as many as lie wholly in the range
+    assert process.load(a[511:513]).tolist() == [0, 1]
+
+
+def test_the_pool_promises_what_it_has(machine, process):
+    a = process.mmap(14 * PMD_PAGES, kind="hugetlb")
+    with refused("ENOMEM"):
+        process.mmap(3 * PMD_PAGES, kind="hugetlb")
+    process.munmap(a[PMD_PAGES:])
+    b = process.mmap(15 * PMD_PAGES, kind="hugetlb")
+    process.store(b, 1)
+    process.exit()
+    assert machine["hugetlb.reserved"][0] == 0
+    other = Process(machine)
+    other.store(other.mmap(16 * PMD_PAGES, kind="hugetlb"), 2)
+    assert violations(machine) == []
+
+
+def test_who_made_the_mapping_goes_before_its_child(machine, process):
+    a = process.mmap(16 * PMD_PAGES, kind="hugetlb")
+    process.store(a, 1)
+    child = process.fork()
+    mine = child.here(a)
+    with pytest.raises(KernelError, match="SIGBUS"):
+        child.store(mine[0], 2)
+    process.store(a[0], 3)  # the pool is empty: the page is taken from the child
+    assert process.load(a[:2]).tolist() == [3, 1]
+    with pytest.raises(KernelError, match="SIGBUS"):
+        child.load(mine[0])
+    assert child.load(mine[PMD_PAGES]).tolist() == [1]
+    assert violations(machine) == []
+
+
+# --- release --------------------------------------------------------------------------------------
+
+
+def test_release_brings_all_memory_home(machine, process, device):
+    a = process.mmap(100)
+    process.store(a, range(100))
+    device.to_dev(a)
+    child = process.fork()
+    device.release()
+    assert not (machine["pagemap.owner"] == device.device).any()
+    assert snapshot(device, a) == [0x01] * 100
+    assert (child.load(child.here(a)) == np.arange(100)).all()
+    device.to_dev(a[:10])
+    assert process.load(a[:10]).tolist() == list(range(10))
+    assert violations(machine) == []
+
+
+def test_release_waits_for_whoever_holds_device_memory(process):
+    device = process.open(2)
+    a = process.mmap(2)
+    process.store(a, 1)
+    device.to_dev(a)
+    from hmmlab.model.pins import vmsplice, vmsplice_end
+
+    process.run("hold", vmsplice(process.machine, process.mm, a.start, a.stop))
+    with pytest.raises(RuntimeError, match="page of the device"):
+        device.release()
+    process.run("unhold", vmsplice_end(process.machine, process.mm))
