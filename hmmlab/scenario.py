@@ -237,15 +237,15 @@ def parse_line(line: int, text: str, scope: Scope) -> Operation | None:
     return Operation(line, text.strip(), who, verb, args)
 
 
-def parse(text: str, name: str = "scenario") -> list[Operation]:
-    """The operations of a scenario.
+def parse(text: str, name: str = "scenario", scope: Scope | None = None) -> list[Operation]:
+    """The operations of a scenario; ``scope`` knows the names of what it goes on from.
 
     Raises
     ------
     ScenarioError
         ``name:line: what was expected`` for the first line that is none.
     """
-    scope, operations = Scope(), []
+    scope, operations = scope if scope is not None else Scope(), []
     for number, line in enumerate(text.split("\n"), 1):
         try:
             operation = parse_line(number, line, scope)

@@ -7,8 +7,9 @@ returned, which notifier ranges it started and which faults it handled, in the k
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -42,7 +43,7 @@ from hmmlab.model.task_mmu import (
 )
 from hmmlab.model.test_hmm import UNITS, Dmirror
 from hmmlab.model.trace import Step, Trace
-from hmmlab.scenario import Operation, ScenarioError, Scope, parse_line
+from hmmlab.scenario import Operation, ScenarioError, Scope, parse, parse_line
 
 __all__ = ["Session", "UnsupportedError", "run"]
 
@@ -191,6 +192,29 @@ class Session:
         answer = self.perform(operation)
         self._scope = scope
         return answer
+
+    def play(self, scenario: str | Path | Iterable[str]) -> Session:
+        """Run a whole scenario, a file or its lines, and return the session.
+
+        Raises
+        ------
+        ScenarioError
+            When a line is no operation; nothing has happened then.
+        UnsupportedError
+            When the model does not have one yet; nothing has happened then.
+        """
+        if isinstance(scenario, str | Path):
+            name, text = str(scenario), Path(scenario).read_text(encoding="utf-8")
+        else:
+            name, text = "scenario", "\n".join(scenario)
+        scope = copy.deepcopy(self._scope)
+        operations = parse(text, name, scope)
+        for operation in operations:
+            check_supported(operation)
+        self._scope = scope
+        for operation in operations:
+            self.perform(operation)
+        return self
 
     def perform(self, operation: Operation) -> dict[str, Any]:
         """Run one parsed operation and return its answer."""

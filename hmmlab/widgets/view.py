@@ -79,6 +79,14 @@ class AddressSpaceView(ipywidgets.VBox):
     def __repr__(self) -> str:
         return f"AddressSpaceView({self._line()})"
 
+    def tell(self, positions: Iterable[int]) -> None:
+        """Print the state line at each of some positions; the playhead stays where it is."""
+        here = self.playhead.position
+        for position in positions:
+            self.playhead.position = position
+            print(self)
+        self.playhead.position = here
+
     def _repr_mimebundle_(self, **kwargs: Any) -> dict[str, Any]:
         """Show the widget, and as text the whole state line, which ipywidgets would cut."""
         return {**super()._repr_mimebundle_(**kwargs), "text/plain": repr(self)}

@@ -73,7 +73,7 @@ def test_its_outputs_name_nothing_of_one_computer_or_one_run(notebook):
 
 def test_it_reaches_only_for_files_beside_it(notebook):
     home = ROOT / "notebooks"
-    link, file = r"\]\((?!https?:|#)([^)#]+)", r'(?:Path\(|open\(|recording=)"([^"]+)"'
+    link, file = r"\]\((?!https?:|#)([^)#]+)", r'(?:Path\(|open\(|play\(|recording=)"([^"]+)"'
     for cell in notebook.cells:
         for name in re.findall(file if cell.cell_type == "code" else link, cell.source):
             path = (home / name).resolve()
