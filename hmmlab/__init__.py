@@ -20,11 +20,11 @@ from hmmlab.model.process import Process
 from hmmlab.model.region import Pages
 from hmmlab.model.test_hmm import Dmirror
 from hmmlab.model.trace import Replay, Step, Trace
-from hmmlab.saving import Saved, SaveError, load, save
 from hmmlab.scenario import ScenarioError
 from hmmlab.session import Session
 
 if TYPE_CHECKING:
+    from hmmlab.saving import Saved, SaveError, load, save
     from hmmlab.widgets import show
 
 __all__ = [
@@ -51,9 +51,13 @@ __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:
-    """Load the widgets, and with them ipywidgets, only when they are first used."""
+    """Load the widgets, and files with their sums, only when they are first used."""
     if name == "show":
         from hmmlab.widgets import show
 
         return show
+    if name in ("SaveError", "Saved", "load", "save"):
+        from hmmlab import saving
+
+        return getattr(saving, name)
     raise AttributeError(f"module 'hmmlab' has no attribute {name!r}")

@@ -72,6 +72,7 @@ def _complain(message: object) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
+    from hmmlab.model.machine import StuckError
     from hmmlab.scenario import ScenarioError, parse
     from hmmlab.session import Session, UnsupportedError, run
 
@@ -93,7 +94,7 @@ def _run(args: argparse.Namespace) -> int:
         for answer in run(operations, session):
             print(json.dumps(answer))
             done += 1
-    except UnsupportedError as error:
+    except (UnsupportedError, StuckError) as error:
         sys.stdout.flush()
         _complain(f"{path}:{operations[done].line}: {error}")
         return _UNSUPPORTED

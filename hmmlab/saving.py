@@ -231,7 +231,7 @@ class _Writer:
         if type(value) is dict:
             return ["dict", *([self.value(k), self.value(v)] for k, v in value.items())]
         if type(value) is slice:
-            return ["slice", value.start, value.stop]
+            return ["slice", value.start, value.stop, value.step]
         if isinstance(value, (np.ndarray, np.generic)) and not value.dtype.hasobject:
             kind = "array" if isinstance(value, np.ndarray) else "scalar"
             return [kind, *self._pooled(np.asarray(value))]
@@ -315,8 +315,8 @@ class _Reader:
     def _dict_of(self, *items: list[_Json]) -> dict[Any, Any]:
         return {self.value(key): self.value(value) for key, value in items}
 
-    def _slice_of(self, start: int, stop: int) -> slice:
-        return slice(start, stop)
+    def _slice_of(self, start: int, stop: int, step: int | None) -> slice:
+        return slice(start, stop, step)
 
     def _array_of(self, dtype: str, offset: int, shape: list[int]) -> NDArray[Any]:
         size = int(np.prod(shape, dtype=np.int64))

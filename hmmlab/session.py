@@ -17,9 +17,8 @@ from numpy.typing import NDArray
 
 from hmmlab.model.access import user_access
 from hmmlab.model.driver import Answer, Driver
-from hmmlab.model.khugepaged import khugepaged
 from hmmlab.model.ksm import ksm_scan
-from hmmlab.model.machine import BULK, Actor, KernelError, Machine, Routine, Steps
+from hmmlab.model.machine import BULK, KernelError, Machine, Routine, Steps
 from hmmlab.model.madvise import ADVICE, sys_madvise
 from hmmlab.model.memory import Faults
 from hmmlab.model.mlock import sys_mlock
@@ -53,15 +52,24 @@ class UnsupportedError(ValueError):
 
 
 class _Events:
-    """An observer that keeps what notifiers and faults a step tells of."""
+    """An observer that keeps what the steps of one operation tell: events, faults, calls.
+
+    What a kernel thread does after it is not heard; what one does within it raises events, but its
+    calls are not the operation's.
+    """
 
     def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget all, and follow the next operation."""
         self.steps: list[Step] = []
         self.calls: list[tuple[int, str]] = []
+        self._number, self._actor = 0, ""
 
     def began(self, number: int, text: str, actor: str) -> None:
-        self.steps.clear()
-        self.calls.clear()
+        if not self._number:
+            self._number, self._actor = number, actor
 
     def ended(self, number: int, result: Any) -> None:
         pass
@@ -70,9 +78,16 @@ class _Events:
         pass
 
     def stepped(self, number: int, step: Step) -> None:
-        self.calls.extend(step.calls)
+        if number != self._number:
+            return
+        if step.actor == self._actor:
+            self.calls.extend(step.calls)
         if step.detail is not None:
             self.steps.append(step)
+
+    def called(self, number: int, calls: tuple[tuple[int, str], ...]) -> None:
+        if number == self._number:
+            self.calls.extend(calls)
 
     def notify(self) -> Iterator[tuple[MmuNotifierRange, int, int]]:
         """Every range that was started: its series, first page, and page past the last."""
@@ -185,13 +200,25 @@ class Session:
         UnsupportedError
             When the model does not have it yet; nothing has happened then.
         """
-        scope = copy.deepcopy(self._scope)
+        scope = self._names()
         operation = parse_line(len(self.answers) + 1, line, scope)
         if operation is None:
             raise ScenarioError("expected an operation, not an empty line or a remark")
         answer = self.perform(operation)
         self._scope = scope
         return answer
+
+    def _names(self) -> Scope:
+        """The scenario's names, and those that the process was given by its own methods."""
+        scope, known = copy.deepcopy(self._scope), self._known[()]
+        scope.mapped += [name for name in known.process.regions if name not in scope.mapped]
+        for name, file in known.process.files.items():
+            opened = isinstance(file, Dmirror) and self.machine["device_file.users"][file.file]
+            if opened and name not in scope.devices:
+                scope.devices.append(name)
+                known.devices[name] = file
+                known.mms[known.process.mm] = known.process.name
+        return scope
 
     def play(self, scenario: str | Path | Iterable[str]) -> Session:
         """Run a whole scenario, a file or its lines, and return the session.
@@ -207,7 +234,7 @@ class Session:
             name, text = str(scenario), Path(scenario).read_text(encoding="utf-8")
         else:
             name, text = "scenario", "\n".join(scenario)
-        scope = copy.deepcopy(self._scope)
+        scope = self._names()
         operations = parse(text, name, scope)
         for operation in operations:
             check_supported(operation)
@@ -219,7 +246,11 @@ class Session:
     def perform(self, operation: Operation) -> dict[str, Any]:
         """Run one parsed operation and return its answer."""
         check_supported(operation)
+        if operation.who not in self._known:
+            raise UnsupportedError(f"{operation.who[-1]} was never born: its fork was refused")
         known = self._known[operation.who]
+        begun = len(self.trace.operations) if self.trace is not None else 0
+        self._events.clear()
         answer: dict[str, Any] = {"proc": known.process.name, "op": operation.text}
         answer.update(getattr(self, f"_{operation.verb}")(operation, known, operation.args))
         if operation.verb not in ("open", "exit"):
@@ -227,9 +258,7 @@ class Session:
             answer["faults_handled"] = self._faults(known)
         self.answers.append(answer)
         if self.trace is not None:
-            self.trace.operations[-1].result = answer
-        if self.machine["khugepaged.awake"][0]:  # it runs between operations, and is not heard
-            Steps(self.machine, "khugepaged", Actor("khugepaged"), khugepaged(self.machine)).run()
+            self.trace.operations[begun].result = answer
         return answer
 
     def _run(self, operation: Operation, known: _Known, body: Routine[Any]) -> tuple[int, Any]:
@@ -305,6 +334,8 @@ class Session:
 
     def _fork(self, operation: Operation, known: _Known, args: dict[str, Any]) -> dict[str, Any]:
         ret, child = self._run(operation, known, known.process.clone(args["child"]))
+        if child is None:
+            return {"ret": ret}
         who = (*operation.who, args["child"])
         self._known[who] = _Known(child, dict(known.devices), dict(known.mms))
         return {"ret": ret}

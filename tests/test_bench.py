@@ -1,6 +1,9 @@
 """The bench: what it reports, and that the parties do the same; never how long anything takes."""
 
 import json
+import subprocess
+import sys
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -12,10 +15,14 @@ from hmmlab.cli import main
 from hmmlab.invariants import violations
 from hmmlab.model.entry import PRESENT, RW
 from hmmlab.model.mm_types import mm_root
-from hmmlab.model.page import page_rows
+from hmmlab.model.page import PG_ANON_EXCLUSIVE, page_rows
 from hmmlab.model.page_table import read_range
+from hmmlab.model.state import State
 
 PAGES = 600  # more than one page table
+
+#: How the names of columns begin that have a row a page.
+PER_PAGE = ("page.", "zone.free_list", "dmirror_device.free_list")
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +109,7 @@ def test_without_patience_one_round_must_do(monkeypatch):
 
 
 def flags_and_counts(process, where):
-    """Of each page whether it is present and writable, its counts, and its content."""
+    """Of each page whether it is present and writable; its counts, content, owner and place."""
     machine = process.machine
     words = read_range(machine, mm_root(machine, process.mm), where.start, where.stop)
     present = (words & np.uint64(PRESENT)) != 0
@@ -112,6 +119,10 @@ def flags_and_counts(process, where):
     )
     columns = [
         machine[f"page.{name}"][rows] * present for name in ("refcount", "mapcount", "content")
+    ]
+    columns += [
+        ((machine["page.flags"][rows] & PG_ANON_EXCLUSIVE) != 0) & present,
+        np.where(present, machine["page.index"][rows] - where.start, -1),
     ]
     return [
         present.tolist(),
@@ -128,8 +139,9 @@ def same_of_textbook(space):
         [bool(entry and entry.flags & 2) for entry in entries],
         *(
             [getattr(f, name) if f else 0 for f in frames]
-            for name in ("refcount", "mapcount", "content")
+            for name in ("refcount", "mapcount", "content", "exclusive")
         ),
+        [f.index if f else -1 for f in frames],
     ]
 
 
@@ -203,6 +215,45 @@ def test_the_mirror_of_the_story_goes_to_the_device_and_back():
     name, act = story.send(None)
     act()
     assert bytes_() == [0x02] * PAGES
+
+
+@pytest.mark.parametrize("life", [model.life_of_a_mapping, model.life_of_a_mirror])
+def test_the_copy_counts_exactly_the_columns_that_an_operation_touches(life, monkeypatch):
+    story = life(PAGES)
+    answer, touched = None, {}
+    for _ in range(13):  # in the second round frames come from the free lists
+        name, act = story.send(answer)
+        machine = story.gi_frame.f_locals["process"].machine
+        read = set()
+
+        def noting(state, column, read=read, get=State.__getitem__):
+            read.add(column)
+            return get(state, column)
+
+        trace = machine.record()
+        with monkeypatch.context() as patch:
+            patch.setattr(State, "__getitem__", noting)
+            answer = act()
+        machine.detach(trace)
+        written = Counter()
+        for event in trace.events:
+            for write in event.writes:
+                written[write.column] += write.new.size
+        read |= {column for column, rows in written.items() if rows >= PAGES}
+        touched[name] = {c for c in read if c == "pte" or c.startswith(PER_PAGE)}
+    touched.pop("invalidate_one_page", None)
+    assert touched == {name: set(model.COLUMNS[name]) for name in touched}
+
+
+def test_importing_the_package_loads_numpy_and_nothing_heavier():
+    code = (
+        "import numpy, sys; before = set(sys.modules); "
+        "import hmmlab; print(*set(sys.modules) - before)"
+    )
+    loaded = subprocess.check_output([sys.executable, "-c", code], text=True).split()
+    assert "hmmlab.model.process" in loaded
+    heavy = {"zipfile", "hashlib", "lzma", "ipywidgets", "traitlets", "bqplot", "pandas"}
+    assert not heavy & set(loaded)
 
 
 def test_bytes_a_page_are_counted_in_columns():

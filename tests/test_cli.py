@@ -144,3 +144,29 @@ def test_importing_the_package_loads_numpy_and_nothing_heavier():
     assert "'numpy'" in loaded
     for heavy in ("ipywidgets", "traitlets", "bqplot", "pandas", "anywidget", "tqdm"):
         assert f"'{heavy}'" not in loaded
+
+
+@pytest.mark.parametrize(
+    ("lines", "waits"),
+    [
+        (  # the unit gives up its memory, and a pipe holds a page of it
+            ["open k 2", "to_dev k A 0 2", "hold A 0 1", "release k"],
+            "k waits for a page of the device",
+        ),
+        (  # KSM scans past a merged page on a device and forgets who shares it: Linux 6.1 stops
+            # with a BUG at the migration entry that stays behind
+            [
+                *("open d 0", "ksm A 0 4", "to_dev d A 0 4", "fork c", "on c ksm A 0 4"),
+                *("to_dev d A 0 4", "on c store A 0 2 7"),
+            ],
+            "c waits for migration_entry_wait",
+        ),
+    ],
+)
+def test_what_would_wait_for_ever_ends_in_one_line(scenario, capsys, lines, waits):
+    begin = ["mmap A 4 rw private", *(f"store A {page} 1 7" for page in range(4))]
+    path = scenario(*begin, *lines)
+    assert main(["run", path]) == 3
+    out, err = capsys.readouterr()
+    assert len(out.splitlines()) == len(begin) + len(lines) - 1
+    assert err == f"{path}:{len(begin) + len(lines)}: {waits}, and nobody else runs\n"

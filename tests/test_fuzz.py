@@ -7,7 +7,9 @@ test draws from a generator of its own with a seed of its own, so an example is 
 import hashlib
 import io
 import json
+import os
 import random
+import tempfile
 import zipfile
 from pathlib import Path
 
@@ -39,6 +41,9 @@ SHORT = [
     b"on c to_dev d0 A 0 2\nexit c\nload A 0 7\n",
 ]
 
+#: Where a file costs no disk.
+IN_MEMORY = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+
 WORDS = (
     b"open close mmap munmap mprotect mremap madvise load store read write to_dev to_sys snapshot "
     b"exclusive fork exit on pagemap A B d0 d1 c r rw none private shared mixed at dontneed 0 1 2 "
@@ -46,6 +51,12 @@ WORDS = (
     b'\x00 \xff \xc3\xa9 \xd9\xa3 \xe2\x80\xa8 \x0c { } [ ] : , "'
 ).split(b" ")
 VALUES = [None, True, -1, 0, 1 << 70, 1e999, 0.5, "", "p0", "load A 0 1", "é\n", [], [[]], [1], {}]
+
+
+@pytest.fixture
+def tmp_path():
+    with tempfile.TemporaryDirectory(dir=IN_MEMORY) as path:
+        yield Path(path)
 
 
 def mangled(rng, data, corpus):

@@ -34,32 +34,38 @@ OPERATIONS = (
     *("device_read", "to_dev", "cpu_fault_back", "invalidate_one_page"),
 )
 
-_FRAME = ("page.refcount", "page.mapcount", "page.flags", "page.content")
+_FRAME = ("page.refcount", "page.mapcount", "page.flags")
 _PLACE = ("page.mapping", "page.index")
+#: Read to know that a page is small, and in no swap cache.
+_KIND = ("page.compound", "page.swap")
+#: A frame that is freed forgets all but its content.
+_FREED = (*_FRAME, *_PLACE, *_KIND, "page.private", "zone.free_list.0")
+#: A move between RAM and the device changes both page tables; one frame of RAM with all that it is;
+#: the device's label of it, and the label's free list; and the frame of RAM behind the label. One
+#: frame of RAM comes from the free list and one goes there, to the same place of it.
+_MOVE = (
+    *("pte", "pte", *_FREED, "page.content"),
+    *(*_FRAME, *_PLACE, "page.private", "dmirror_device.free_list.0"),
+    *("page.refcount", "page.content", "page.private"),
+)
 
-#: Columns whose words an operation must read or write for each page. One that stands twice is
-#: touched for two things: parent and child, old frame and new, CPU and device.
+#: Columns whose words an operation must read or write for each page, each word once however often
+#: the operation comes back to it. A column that stands twice is touched at two rows: parent and
+#: child, old frame and new, CPU and device.
 COLUMNS: dict[str, tuple[str, ...]] = {
-    "store_first_touch": ("pte", *_FRAME, *_PLACE, "zone.free_list.0"),
+    "store_first_touch": ("pte", *_FRAME, *_PLACE, "page.content", "zone.free_list.0"),
     "snapshot": ("pte",),
     "mprotect": ("pte",),
-    "fork": ("pte", "pte", "page.refcount", "page.mapcount", "page.flags"),
-    "store_cow": ("pte", *_FRAME, *_FRAME, *_PLACE, "zone.free_list.0"),
-    "dontneed": ("pte", *_FRAME, *_PLACE, "zone.free_list.0"),
-    "munmap": ("pte", *_FRAME, *_PLACE, "zone.free_list.0"),
+    "fork": ("pte", "pte", *_FRAME, "page.compound"),
+    "store_cow": (
+        *("pte", *_FRAME, *_KIND, "page.content"),
+        *(*_FRAME, *_PLACE, "page.content", "zone.free_list.0"),
+    ),
+    "dontneed": ("pte", *_FREED),
+    "munmap": ("pte", *_FREED),
     "device_read": ("pte", "pte", "page.content"),
-    # Both tables; the frame that is left and goes back; the device's label, from its free list; and
-    # the frame behind it, which the free list of RAM gives.
-    "to_dev": (
-        *("pte", "pte", *_FRAME, *_PLACE, "zone.free_list.0"),
-        *(*_FRAME[:3], *_PLACE, "page.private", "dmirror_device.free_list.0"),
-        *("page.refcount", "page.content", "page.private", "zone.free_list.0"),
-    ),
-    "cpu_fault_back": (
-        *("pte", "pte", *_FRAME, *_PLACE, "zone.free_list.0"),
-        *(*_FRAME[:3], *_PLACE, "page.private", "dmirror_device.free_list.0"),
-        *("page.refcount", "page.content", "page.private", "zone.free_list.0"),
-    ),
+    "to_dev": _MOVE,
+    "cpu_fault_back": _MOVE,
 }
 
 

@@ -6,7 +6,7 @@ import gc
 import statistics
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, contextmanager
-from time import perf_counter
+from time import perf_counter, process_time
 from typing import Any, NamedTuple
 
 __all__ = ["Median", "Story", "medians"]
@@ -24,7 +24,11 @@ Story = Generator[tuple[str, Callable[[], object]], Any, None]
 
 
 class Median(NamedTuple):
-    """The median of some rounds, in seconds."""
+    """The median of some rounds, in seconds of the CPU.
+
+    Nothing here waits for anything but a CPU, so that on a machine to itself it is the time that
+    passes; on another the neighbours do not count.
+    """
 
     seconds: float
     rounds: int
@@ -47,9 +51,9 @@ def medians(story: Story) -> dict[str, Median]:
                 if len(taken) > ROUNDS or perf_counter() - began > PATIENCE:
                     break
                 gc.collect()
-            start = perf_counter()
+            start = process_time()
             answer = act()
-            taken.append(perf_counter() - start)
+            taken.append(process_time() - start)
     counted = {name: taken[1:] or taken for name, taken in seconds.items()}
     return {name: Median(statistics.median(taken), len(taken)) for name, taken in counted.items()}
 

@@ -1,7 +1,8 @@
 """What a textbook would write: a loop over pages, a walk and an object for each.
 
 It does the bookkeeping that the model does for private anonymous memory, and nothing besides:
-four levels of tables, VMAs' rights, frames with counts and content, copy on write.
+four levels of tables, VMAs' rights, frames with counts, owner and content, a free list of them,
+copy on write. The tests hold the two to the same state.
 """
 
 from __future__ import annotations
@@ -18,13 +19,16 @@ _PRESENT, _WRITE, _DIRTY = 1, 2, 4
 
 
 class Frame:
-    """A frame of RAM, its counts, and its first word."""
+    """A frame of RAM: its counts, whether one mapping owns it alone, where it is mapped, its word.
 
-    __slots__ = ("content", "mapcount", "refcount")
+    ``index`` is the page of the mapping, -1 while the frame is free.
+    """
+
+    __slots__ = ("content", "exclusive", "index", "mapcount", "refcount")
 
     def __init__(self) -> None:
-        self.refcount = self.mapcount = 1
-        self.content = 0
+        self.refcount = self.mapcount = self.content = 0
+        self.index, self.exclusive = -1, False
 
 
 class Entry:
@@ -41,6 +45,8 @@ class Space:
 
     Attributes
     ----------
+    free
+        Frames that nothing maps.
     root
         Tables of tables of tables of entries, by index.
     writable
@@ -49,7 +55,23 @@ class Space:
 
     def __init__(self, pages: int, writable: bool = True) -> None:
         self.pages, self.writable = pages, writable
+        self.free: list[Frame] = []
         self.root: dict[int, dict[int, dict[int, dict[int, Entry]]]] = {}
+
+    def _new_frame(self, vpn: int) -> Frame:
+        """A frame that nobody has, mapped once."""
+        frame = self.free.pop() if self.free else Frame()
+        frame.refcount = frame.mapcount = 1
+        frame.index, frame.exclusive, frame.content = vpn, True, 0
+        return frame
+
+    def _drop(self, frame: Frame) -> None:
+        """Let a frame be mapped once less; free it when nobody has it any more."""
+        frame.mapcount -= 1
+        frame.refcount -= 1
+        if not frame.refcount:
+            frame.index, frame.exclusive = -1, False
+            self.free.append(frame)
 
     def _table(self, vpn: int) -> dict[int, Entry]:
         """The last table on the way to a page, made where there is none."""
@@ -75,21 +97,20 @@ class Space:
             table = self._table(vpn)
             entry = table.get(vpn & 511)
             if entry is None:
-                entry = table[vpn & 511] = Entry(Frame(), _PRESENT | _WRITE)
+                entry = table[vpn & 511] = Entry(self._new_frame(vpn), _PRESENT | _WRITE)
             elif not entry.flags & _WRITE:
-                self._write_fault(entry)
+                self._write_fault(vpn, entry)
             entry.flags |= _DIRTY
             entry.frame.content = value
 
-    @staticmethod
-    def _write_fault(entry: Entry) -> None:
+    def _write_fault(self, vpn: int, entry: Entry) -> None:
         """Copy on write, unless nobody else has the frame."""
         old = entry.frame
-        if old.refcount > 1:
-            entry.frame = Frame()
+        if not old.exclusive and old.refcount > 1:
+            entry.frame = self._new_frame(vpn)
             entry.frame.content = old.content
-            old.mapcount -= 1
-            old.refcount -= 1
+            self._drop(old)
+        entry.frame.exclusive = True
         entry.flags |= _WRITE
 
     def snapshot(self) -> list[int]:
@@ -109,12 +130,13 @@ class Space:
                 continue
             if not writable:
                 entry.flags &= ~_WRITE
-            elif entry.flags & _DIRTY and entry.frame.refcount == 1:
+            elif entry.flags & _DIRTY and entry.frame.exclusive:
                 entry.flags |= _WRITE
 
     def fork(self) -> Space:
         """A child that shares every frame, read-only in both."""
         child = Space(self.pages, self.writable)
+        child.free = self.free
         for vpn in range(self.pages):
             entry = self.entry(vpn)
             if entry is None:
@@ -122,6 +144,7 @@ class Space:
             entry.flags &= ~_WRITE
             entry.frame.refcount += 1
             entry.frame.mapcount += 1
+            entry.frame.exclusive = False
             child._table(vpn)[vpn & 511] = Entry(entry.frame, entry.flags)
         return child
 
@@ -130,8 +153,7 @@ class Space:
         for vpn in range(self.pages):
             entry = self._table(vpn).pop(vpn & 511, None)
             if entry:
-                entry.frame.mapcount -= 1
-                entry.frame.refcount -= 1
+                self._drop(entry.frame)
 
     def munmap(self) -> None:
         """Throw every page away, and the tables."""

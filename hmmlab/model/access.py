@@ -21,12 +21,13 @@ from hmmlab.model.entry import (
     pfn_of,
     repeats_device_private,
 )
+from hmmlab.model.exclusive import make_device_exclusive
 from hmmlab.model.filemap import cached, device_file_of
 from hmmlab.model.geometry import PMD_PAGES, align_down
 from hmmlab.model.huge_memory import leaders_of_blocks, split_huge_pmd, will_be_huge
 from hmmlab.model.hugetlb import hugetlb_fault
 from hmmlab.model.machine import KernelError, Machine, Routine, kernel
-from hmmlab.model.memory import fault_around_window, handle_mm_fault
+from hmmlab.model.memory import audiences, fault_around_window, handle_mm_fault
 from hmmlab.model.mm_types import (
     VM_ACCESS_FLAGS,
     VM_HUGETLB,
@@ -40,9 +41,9 @@ from hmmlab.model.mm_types import (
     vma_at,
     vma_lookup,
 )
-from hmmlab.model.page import PG_DIRTY, as_rows, get_page, page_rows, set_flags
-from hmmlab.model.page_table import huge_blocks, read_range, rows_of, walk
-from hmmlab.model.state import unique_rows
+from hmmlab.model.page import PG_DIRTY, as_rows, get_page, pfn_to_page, set_flags
+from hmmlab.model.page_table import huge_blocks, read_range, rows_of_range, walk
+from hmmlab.model.state import some, unique_rows
 
 __all__ = [
     "SIGBUS",
@@ -50,6 +51,7 @@ __all__ = [
     "check_vma_flags",
     "faultin",
     "get_user_pages",
+    "make_device_exclusive_range",
     "populate",
     "user_access",
 ]
@@ -124,10 +126,11 @@ def _access_in_vma(
 ) -> Routine[Words]:
     words = yield from _touch(machine, vma, start, stop, values is not None, do_user_addr_fault)
     marks = np.uint64(ACCESSED if values is None else ACCESSED | DIRTY)
-    if ((words & marks) != marks).any():  # the CPU's page walker does this, without the kernel
-        rows = rows_of(machine, mm_root(machine, vma.mm), np.arange(start, stop))
+    if np.bitwise_and.reduce(words) & marks != marks:
+        # The CPU's page walker does this, without the kernel.
+        rows = rows_of_range(machine, mm_root(machine, vma.mm), start, stop)
         machine.write("pte", rows, words | marks)
-    frames = as_rows(page_rows(machine, pfn_of(words)))
+    frames = pfn_to_page(machine, pfn_of(words))
     if values is not None:
         machine.write("page.content", frames, values)
     done = "reads" if values is None else "writes"
@@ -146,7 +149,23 @@ def _touch(
     split: bool = False,
 ) -> Routine[Words]:
     """Fault until every page of a part of a mapping is there; returns the words."""
-    wanted = PRESENT | RW if write else PRESENT
+    parts = []
+    for low, high in audiences(machine, vma, start, stop, write):
+        parts.append((yield from _touch_alike(machine, vma, low, high, write, fault, split=split)))
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+
+def _touch_alike(
+    machine: Machine,
+    vma: Vma,
+    start: int,
+    stop: int,
+    write: bool,
+    fault: Fault,
+    *,
+    split: bool,
+) -> Routine[Words]:
+    wanted = np.uint64(PRESENT | RW if write else PRESENT)
     split = split and not vma.flags & VM_HUGETLB
     vpns = np.arange(start, stop)
     for _ in range(_ENDLESS):
@@ -154,14 +173,16 @@ def _touch(
         for vpn in vpns[leaders_of_blocks(vpns, huge)].tolist() if huge.any() else ():
             yield from split_huge_pmd(machine, vma, vpn - vpn % PMD_PAGES, vpn)
         words = read_range(machine, mm_root(machine, vma.mm), start, stop)
+        if np.bitwise_and.reduce(words) & wanted == wanted:
+            return words
         lacking = ((words & wanted) != wanted) & ~repeats_device_private(words)
         if not lacking.any():
             return words
-        faulting = vpns[lacking]
+        faulting = some(vpns, lacking)
         if vma.flags & VM_HUGETLB:
             faulting = faulting[leaders_of_blocks(faulting, np.ones(faulting.size, np.bool_))]
         elif vma.is_anonymous:
-            faulting = faulting[~_brought_by_huge_pages(machine, vma, faulting)]
+            faulting = some(faulting, ~_brought_by_huge_pages(machine, vma, faulting))
         elif not write:
             faulting = _faulting(machine, vma, faulting, words[lacking] == 0)
         yield from fault(machine, vma, faulting, write)
@@ -324,3 +345,24 @@ def get_user_pages(
         raise KernelError(_EFAULT, f"{place} cannot be fetched")
     get_page(machine, found)
     return found
+
+
+@kernel("mm/rmap.c")
+def make_device_exclusive_range(
+    machine: Machine, mm: int, start: int, stop: int, owner: int
+) -> Routine[tuple[Pfns, Bools]]:
+    """Fetch pages for writing, and let the device have them to itself.
+
+    Returns
+    -------
+    The frames that were fetched, each with a reference, and which of them are the caller's now:
+    these are locked.
+
+    Raises
+    ------
+    KernelError
+        EFAULT when not even the first can be had.
+    """
+    pfns = yield from get_user_pages(machine, mm, start, stop, True, remote=True, split=True)
+    vpns = np.arange(start, start + pfns.size)
+    return pfns, (yield from make_device_exclusive(machine, mm, vpns, pfns, owner))

@@ -32,6 +32,7 @@ from hmmlab.model.entry import (
 from hmmlab.model.geometry import USER_VPN_END
 from hmmlab.model.hmm import HmmRange, commuting_batches, hmm_range_fault
 from hmmlab.model.machine import (
+    BLOCK,
     Actor,
     KernelError,
     Machine,
@@ -50,7 +51,7 @@ from hmmlab.model.mmu_notifier import (
     mmu_interval_read_retry,
     mmu_interval_set_seq,
 )
-from hmmlab.model.page import as_rows, is_device_private_page, page_rows
+from hmmlab.model.page import as_rows, is_device_private_page, pfn_to_page
 from hmmlab.model.page_table import (
     alloc_tables,
     free_pgtables,
@@ -68,6 +69,9 @@ if TYPE_CHECKING:
 __all__ = ["Answer", "Driver", "backing"]
 
 _EFAULT, _EBUSY = 14, 16
+
+#: From the bit HMM_PFN_WRITE to the bit DEVICE_WRITE.
+_WRITE_SHIFT = HMM_PFN_WRITE.bit_length() - DEVICE_WRITE.bit_length()
 
 Machine.declare("device_file.mm", np.int32, "address space that an open device file mirrors")
 Machine.declare("device_file.root", np.int64, "root of its device page table")
@@ -93,7 +97,8 @@ def backing(machine: Machine, pfns: Pfns) -> Pfns:
     device = is_device_private_page(machine, pfns)
     if not device.any():
         return pfns
-    return np.where(device, machine["page.private"][page_rows(machine, pfns)], pfns)
+    behind = machine["page.private"][pfn_to_page(machine, pfns)]
+    return behind.copy() if device.all() else np.where(device, behind, pfns)
 
 
 class Driver:
@@ -234,10 +239,12 @@ class Driver:
             used = words != 0
             if among is not None:
                 used &= among[run.start - start : run.stop - start]
-            rows = np.flatnonzero(used)
-            if rows.size:
-                self.machine.write("pte", as_rows(run.row + rows), 0)
-                dropped += rows.size
+            count = int(np.count_nonzero(used))
+            if count == used.size:
+                self.machine.write("pte", slice(run.row, run.row + count), 0)
+            elif count:
+                self.machine.write("pte", as_rows(run.row + np.flatnonzero(used)), 0)
+            dropped += count
         return dropped
 
     def backing(self, pfns: Pfns) -> Pfns:
@@ -393,14 +400,18 @@ class Driver:
             EFAULT where a write was asked for and the answer does not allow it, which only a
             device-private page of one's own can bring about; pages before it are mapped.
         """
-        writable = (range.hmm_pfns & np.uint64(HMM_PFN_WRITE)) != 0
-        stop = range.hmm_pfns.size
-        refused = bool(range.default_flags & HMM_PFN_REQ_WRITE) and not writable.all()
-        if refused:
-            stop = int(np.flatnonzero(~writable)[0])
-        pfns = self.backing(hmm_pfn_to_pfn(range.hmm_pfns[:stop]))
-        flags = np.where(writable[:stop], np.uint64(DEVICE_VALID | DEVICE_WRITE), DEVICE_VALID)
+        answers = range.hmm_pfns
+        refused = False
+        if range.default_flags & HMM_PFN_REQ_WRITE:
+            writable = (answers & np.uint64(HMM_PFN_WRITE)) != 0
+            stop = self._leading(writable)
+            refused = stop < answers.size
+            answers = answers[:stop]
+        stop = answers.size
+        flags = (answers & np.uint64(HMM_PFN_WRITE)) >> np.uint64(_WRITE_SHIFT)
+        flags |= np.uint64(DEVICE_VALID)
         if stop:
+            pfns = self.backing(hmm_pfn_to_pfn(answers))
             self.store_entries(range.start, device_word(pfns, flags))
         if refused:
             place = self.machine.names.place(self.mm, range.start + stop, range.start + stop + 1)
@@ -432,11 +443,15 @@ class Driver:
     def copy_out(self, start: int, stop: int, answer: Answer) -> None:
         """Copy pages in order, from the first not yet copied to the first that is not mapped."""
         assert answer.data is not None
-        words = self.entries(start + answer.cpages, stop)
-        known = self._leading((words & np.uint64(DEVICE_VALID)) != 0)
-        rows = as_rows(page_rows(self.machine, device_pfn(words[:known])))
-        answer.data[answer.cpages : answer.cpages + known] = self.machine["page.content"][rows]
-        answer.cpages += known
+        for first in np.arange(start + answer.cpages, stop, BLOCK).tolist():  # over blocks
+            words = self.entries(first, min(first + BLOCK, stop))
+            known = self._leading((words & np.uint64(DEVICE_VALID)) != 0)
+            rows = pfn_to_page(self.machine, device_pfn(words[:known]))
+            copied = answer.data[answer.cpages : answer.cpages + known]
+            copied[:] = self.machine["page.content"][rows]
+            answer.cpages += known
+            if known < words.size:
+                return
 
     @kernel("driver", "write")
     def write_pages(self, start: int, values: Words) -> Routine[Answer]:
@@ -456,7 +471,7 @@ class Driver:
             words = self.entries(at, stop)
             known = self._leading((words & both) == both)
             if known:
-                rows = as_rows(page_rows(self.machine, device_pfn(words[:known])))
+                rows = pfn_to_page(self.machine, device_pfn(words[:known]))
                 self.machine.write(
                     "page.content", rows, values[answer.cpages : answer.cpages + known]
                 )

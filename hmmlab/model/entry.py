@@ -75,6 +75,9 @@ __all__ = [
     "is_swapped",
     "migrate_pfn",
     "migrate_pfn_to_pfn",
+    "migration_marks",
+    "migration_word",
+    "named_pfn",
     "pfn_of",
     "present_word",
     "repeats_device_private",
@@ -133,6 +136,11 @@ _SWP_PFN_MASK = (1 << _SWP_PFN_BITS) - 1
 SWP_MIG_YOUNG = 1 << _SWP_PFN_BITS
 SWP_MIG_DIRTY = 1 << (_SWP_PFN_BITS + 1)
 
+#: From the bits ACCESSED and DIRTY of a word to those two of an offset.
+_MARKS_SHIFT = SWP_MIG_YOUNG.bit_length() - ACCESSED.bit_length()
+#: From the bit SOFT_DIRTY of a word to SWP_SOFT_DIRTY.
+_SOFT_DIRTY_SHIFT = SOFT_DIRTY.bit_length() - SWP_SOFT_DIRTY.bit_length()
+
 # --- hmm_pfns (the request and the answer share the bits) -----------------------------------------
 HMM_PFN_VALID = HMM_PFN_REQ_FAULT = 1 << 63
 HMM_PFN_WRITE = HMM_PFN_REQ_WRITE = 1 << 62
@@ -164,7 +172,7 @@ def is_swap_type(words: Words) -> Bools:
 
 def present_word(pfns: Pfns | int, prot: int) -> Words:
     """Word that maps ``pfns`` with the bits ``prot`` (``pfn_pte``)."""
-    field = (np.asarray(pfns, np.int64) << PAGE_SHIFT).astype(np.uint64)
+    field = (np.asarray(pfns, np.int64) << PAGE_SHIFT).view(np.uint64)
     if not prot & PRESENT:
         field = ~field & np.uint64(PFN_MASK)
     return field | np.uint64(prot)
@@ -172,8 +180,9 @@ def present_word(pfns: Pfns | int, prot: int) -> Words:
 
 def pfn_of(words: Words) -> Pfns:
     """Frame number that a present word names (``pte_pfn``)."""
-    present = (words & PRESENT) != 0
-    flipped = words if present.all() else np.where(present, words, ~words)
+    flipped = words
+    if not np.bitwise_and.reduce(words, axis=None) & np.uint64(PRESENT):
+        flipped = np.where((words & PRESENT) != 0, words, ~words)
     field = flipped & np.uint64(PFN_MASK)
     return (field >> np.uint64(PAGE_SHIFT)).view(np.int64)
 
@@ -187,10 +196,9 @@ def with_protection(words: Words, prot: int) -> Words:
 
 def swap_word(types: NDArray[np.integer] | int, offsets: Pfns) -> Words:
     """Swap-type word of ``types`` and ``offsets`` (``swp_entry_to_pte``)."""
-    inverted = (~np.asarray(offsets, np.int64) & _OFFSET_MASK).astype(np.uint64)
-    return (np.asarray(types).astype(np.uint64) << np.uint64(_TYPE_SHIFT)) | (
-        inverted << np.uint64(_OFFSET_SHIFT)
-    )
+    words = (np.asarray(offsets, np.int64) << _OFFSET_SHIFT).view(np.uint64)
+    words ^= np.uint64(_OFFSET_MASK << _OFFSET_SHIFT)
+    return words | (np.asarray(types).astype(np.uint64) << np.uint64(_TYPE_SHIFT))
 
 
 def swap_type(words: Words) -> NDArray[np.int64]:
@@ -205,11 +213,54 @@ def swap_offset(words: Words) -> NDArray[np.int64]:
 
 def swap_offset_pfn(words: Words) -> Pfns:
     """Frame number that a migration or device entry names (``swp_offset_pfn``)."""
-    return swap_offset(words) & _SWP_PFN_MASK
+    return ((~words >> np.uint64(_OFFSET_SHIFT)) & np.uint64(_SWP_PFN_MASK)).view(np.int64)
+
+
+def named_pfn(words: Words) -> Pfns:
+    """Frame that each word names, be it present or a migration or device entry; 0 for none."""
+    if np.bitwise_and.reduce(words) & np.uint64(PRESENT):
+        return pfn_of(words)
+    kinds = swap_type(words)
+    if words.size and kinds.min() >= SWP_MIGRATION_READ:  # there is no present word among them
+        return swap_offset_pfn(words)
+    named = np.where(has_pfn(words), swap_offset_pfn(words), 0)
+    return np.where(is_present(words), pfn_of(words), named)
+
+
+def migration_word(words: Words, pfns: Pfns, writable: Bools, exclusive: Bools) -> Words:
+    """Migration entries of ``pfns`` in place of ``words``, which keep the marks of those.
+
+    ``words`` are present or device entries; ``writable`` says more than ``exclusive``.
+    """
+    # The three types follow one another, from the least rights to the most.
+    kind = np.maximum(exclusive.view(np.uint8), writable.view(np.uint8) << 1) + SWP_MIGRATION_READ
+    marks = words & np.uint64(ACCESSED | DIRTY)  # which no device entry has
+    marks <<= np.uint64(_MARKS_SHIFT)
+    entries = swap_word(kind, pfns | marks.view(np.int64))
+    present = is_present(words)
+    soft_dirty = words & np.uint64(SWP_SOFT_DIRTY)
+    if present.any():
+        carried = (words & np.uint64(SOFT_DIRTY)) >> np.uint64(_SOFT_DIRTY_SHIFT)
+        soft_dirty = carried if present.all() else np.where(present, carried, soft_dirty)
+    entries |= soft_dirty
+    return entries
+
+
+def migration_marks(words: Words) -> Words:
+    """ACCESSED, DIRTY and SOFT_DIRTY as a migration entry keeps them."""
+    marks = ~words
+    marks >>= np.uint64(_OFFSET_SHIFT + _MARKS_SHIFT)
+    marks &= np.uint64(ACCESSED | DIRTY)
+    marks |= (words & np.uint64(SWP_SOFT_DIRTY)) << np.uint64(_SOFT_DIRTY_SHIFT)
+    return marks
 
 
 def is_device_private(words: Words) -> Bools:
-    """Whether a swap-type word names a device-private page, writable or not."""
+    """Whether a word names a device-private page, writable or not.
+
+    Only a swap-type word has such a type, or one of those below: the bits of a present word that
+    stand there are never set so.
+    """
     kind = swap_type(words)
     return (kind == SWP_DEVICE_WRITE) | (kind == SWP_DEVICE_READ)
 
@@ -217,12 +268,16 @@ def is_device_private(words: Words) -> Bools:
 def repeats_device_private(words: Words) -> Bools:
     """Which words, of shape (n,), name a device-private page that one before them names too."""
     found = np.zeros(words.size, np.bool_)
-    private = np.flatnonzero(is_swap_type(words) & is_device_private(words))
-    if private.size > 1:
-        pfns = swap_offset_pfn(words[private])
-        order = np.argsort(pfns, kind="stable")
-        again = np.flatnonzero(pfns[order][1:] == pfns[order][:-1]) + 1
-        found[private[order[again]]] = True
+    mine = is_device_private(words)
+    if not mine.any():
+        return found
+    pfns = swap_offset_pfn(words if mine.all() else words[mine])
+    if (pfns[1:] > pfns[:-1]).all() or (pfns[1:] < pfns[:-1]).all():
+        return found
+    private = np.flatnonzero(mine)
+    order = np.argsort(pfns, kind="stable")
+    again = np.flatnonzero(pfns[order][1:] == pfns[order][:-1]) + 1
+    found[private[order[again]]] = True
     return found
 
 
@@ -256,7 +311,7 @@ def hmm_pfn_to_pfn(hmm_pfns: Words) -> Pfns:
 
 def migrate_pfn(pfns: Pfns) -> Words:
     """A src or dst entry that names ``pfns`` (``migrate_pfn``: VALID is set)."""
-    return (pfns.astype(np.uint64) << np.uint64(_MIGRATE_PFN_SHIFT)) | np.uint64(MIGRATE_PFN_VALID)
+    return (pfns << _MIGRATE_PFN_SHIFT).view(np.uint64) | np.uint64(MIGRATE_PFN_VALID)
 
 
 def migrate_pfn_to_pfn(entries: Words) -> Pfns:
@@ -266,9 +321,9 @@ def migrate_pfn_to_pfn(entries: Words) -> Pfns:
 
 def device_word(pfns: Pfns, flags: NDArray[np.uint64] | int) -> Words:
     """Word of a device page table: the backing page's frame and its DEVICE_* flags."""
-    return (pfns.astype(np.uint64) << np.uint64(PAGE_SHIFT)) | np.asarray(flags, np.uint64)
+    return (pfns << PAGE_SHIFT).view(np.uint64) | np.asarray(flags, np.uint64)
 
 
 def device_pfn(words: Words) -> Pfns:
     """Frame number in a device page-table word."""
-    return (words >> np.uint64(PAGE_SHIFT)).astype(np.int64)
+    return (words >> np.uint64(PAGE_SHIFT)).view(np.int64)

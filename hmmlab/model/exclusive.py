@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from hmmlab.model.entry import (
     ACCESSED,
     DIRTY,
+    PRESENT,
     RW,
     SOFT_DIRTY,
     SWP_DEVICE_EXCLUSIVE_READ,
@@ -23,7 +24,6 @@ from hmmlab.model.entry import (
     Pfns,
     is_device_exclusive,
     is_present,
-    is_swap_type,
     present_word,
     swap_offset_pfn,
     swap_type,
@@ -40,12 +40,11 @@ from hmmlab.model.mmu_notifier import (
 )
 from hmmlab.model.page import PG_ANON, PG_DIRTY, PG_LOCKED, as_rows, frames_of, page_rows, set_flags
 from hmmlab.model.rmap import page_add_anon_rmap, page_remove_rmap, rmap_walk
-from hmmlab.model.state import unique_rows
+from hmmlab.model.state import Rows, row_numbers, unique_rows
 
 __all__ = ["make_device_exclusive", "remove_device_exclusive_entries", "restore_exclusive_ptes"]
 
 
-@kernel("mm/rmap.c")
 def make_device_exclusive(
     machine: Machine, mm: int, vpns: Pfns, pfns: Pfns, owner: int
 ) -> Routine[Bools]:
@@ -97,8 +96,7 @@ def _make_exclusive(
     valid = np.zeros(pfns.size, np.bool_)
     found = rmap_walk(machine, pfns).until_unmapped()
     one_range = pfns.size > 1 and bool((order == order[0]).all())  # one huge page
-    for vma in dict.fromkeys(found.vma.tolist()):
-        place = found.only(found.vma == vma)
+    for vma, place in found.by_vma():
         where = int(machine["vma.mm"][vma])
         low, high = int(place.vpn.min()), int(place.vpn.max()) + 1
         range = MmuNotifierRange.each(
@@ -121,7 +119,9 @@ def _make_exclusive(
         kinds = np.where(writable, SWP_DEVICE_EXCLUSIVE_WRITE, SWP_DEVICE_EXCLUSIVE_READ)
         marks = np.where((words & SOFT_DIRTY) != 0, np.uint64(SWP_SOFT_DIRTY), np.uint64(0))
         machine.write("pte", mapped.row, swap_word(kinds, frames) | marks)
-        page_remove_rmap(machine, frames)
+        every = np.ones(frames.size, np.bool_)
+        machine.called_in_turn(("flush_tlb_mm_range", every), ("page_remove_rmap", every))
+        page_remove_rmap(machine, frames, noted=True)
         yield machine.step(
             "The words of {range} name pages that the device has to itself.", where, low, high
         )
@@ -132,15 +132,15 @@ def _make_exclusive(
     return valid
 
 
-def restore_exclusive_ptes(
-    machine: Machine, vma: Vma, vpns: NDArray[np.int64], rows: NDArray[np.int64]
-) -> None:
+def restore_exclusive_ptes(machine: Machine, vma: Vma, vpns: NDArray[np.int64], rows: Rows) -> None:
     """Let words of ``vpns`` that are device-exclusive entries map their pages again.
 
     Old, and writable only where the entry and the mapping both are.
     """
     entries = machine["pte"][rows]
-    mine = is_swap_type(entries) & is_device_exclusive(entries)
+    if np.bitwise_and.reduce(entries) & np.uint64(PRESENT):
+        return
+    mine = is_device_exclusive(entries)
     if not mine.any():
         return
     entries, pfns = entries[mine], swap_offset_pfn(entries[mine])
@@ -150,7 +150,7 @@ def restore_exclusive_ptes(
     rights = DIRTY | SOFT_DIRTY | (RW if vma.flags & VM_WRITE else 0)
     marks |= np.where(writable, np.uint64(rights), np.uint64(0))
     page_add_anon_rmap(machine, pfns, vma, vpns[mine], np.zeros(pfns.size, np.bool_))
-    machine.write("pte", as_rows(rows[mine]), present_word(pfns, int(prot)) | marks)
+    machine.write("pte", as_rows(row_numbers(rows)[mine]), present_word(pfns, int(prot)) | marks)
 
 
 @kernel("mm/memory.c")
@@ -162,7 +162,7 @@ def remove_device_exclusive_entries(
     yield from invalidate_range_start(machine, range)
     restore_exclusive_ptes(machine, vma, vpns, rows)
     yield machine.step(
-        "{range} is mapped again, and no longer the device's alone.",
+        "{range} {are} mapped again, and no longer the device's alone.",
         vma.mm,
         int(vpns[0]),
         int(vpns[-1]) + 1,

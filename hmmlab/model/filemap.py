@@ -12,6 +12,7 @@ from __future__ import annotations
 import numpy as np
 
 from hmmlab.model.entry import Pfns, Words
+from hmmlab.model.lru import lru_add_drain
 from hmmlab.model.machine import Machine
 from hmmlab.model.page import (
     PG_DIRTY,
@@ -205,7 +206,8 @@ def _swap_in(machine: Machine, file: int, pages: Pfns, slots: Pfns) -> Pfns:
         note_swap_cache_hits(machine, machine["swap.cache"][slots[at : at + hits]])
         at += hits
         if at < slots.size:
-            swap_cluster_readahead(machine, int(slots[at]))
+            if swap_cluster_readahead(machine, int(slots[at])):
+                lru_add_drain(machine)
             at += 1
     pfns = machine["swap.cache"][slots]
     get_page(machine, pfns)

@@ -24,10 +24,10 @@ from hmmlab.model.entry import (
     is_present,
     is_swap_type,
     is_swapped,
+    named_pfn,
     pfn_of,
     present_word,
     swap_offset,
-    swap_offset_pfn,
     swap_type,
     swap_word,
 )
@@ -36,7 +36,7 @@ from hmmlab.model.geometry import PMD_PAGES
 from hmmlab.model.huge_memory import split_huge_pmd
 from hmmlab.model.hugetlb import copy_hugetlb_page_range
 from hmmlab.model.ksm import ksm_fork
-from hmmlab.model.machine import Machine, Routine, kernel
+from hmmlab.model.machine import KernelError, Machine, Routine, kernel
 from hmmlab.model.mm_types import (
     VM_DONTCOPY,
     VM_HUGETLB,
@@ -58,6 +58,7 @@ from hmmlab.model.mm_types import (
     vma_at,
     vmas_of,
 )
+from hmmlab.model.mmap import exit_mmap
 from hmmlab.model.mmu_notifier import (
     Event,
     MmuNotifierRange,
@@ -72,11 +73,14 @@ from hmmlab.model.page import (
     folio_maybe_dma_pinned,
     get_page,
     page_rows,
+    pfn_to_page,
     set_flags,
 )
 from hmmlab.model.page_table import alloc_tables, rows_of, set_huge, walk
 from hmmlab.model.rmap import page_add_new_anon_rmap, page_dup_rmap
+from hmmlab.model.state import Rows, some
 from hmmlab.model.swap import swap_duplicate
+from hmmlab.model.tlb import flush_tlb
 
 __all__ = ["dup_mmap"]
 
@@ -85,27 +89,44 @@ _ALL = (1 << 64) - 1
 
 @kernel("kernel/fork.c")
 def dup_mmap(machine: Machine, oldmm: int, name: str) -> Routine[int]:
-    """A child's address space, a copy of ``oldmm`` mapping by mapping. Returns its number."""
+    """A child's address space, a copy of ``oldmm`` mapping by mapping. Returns its number.
+
+    Raises
+    ------
+    KernelError
+        ENOMEM when RAM or the pool of huge pages has no page for the copy of a pinned one. What the
+        child had by then goes again; what the parent may no longer write stays so.
+    """
     mm = new_mm(machine, name)
     ksm_fork(machine, mm, oldmm)
     machine.write("mm.khugepaged", mm, int(machine["mm.khugepaged"][oldmm]))
     lock = mm_lock(machine, oldmm)
     yield from machine.down_write(lock)
     try:
-        for vma in vmas_of(machine, oldmm):
-            if vma.flags & VM_DONTCOPY:
-                continue
-            child = vm_area_dup(machine, vma, mm, vma.start, vma.end, vma.pgoff)
-            machine.write("vma.flags", child.row, vma.flags & ~VM_LOCKED)
-            if vma.file:
-                insert_after(machine, child, vma)
-            if not vma.flags & VM_WIPEONFORK:
-                anon_vma_fork(machine, child, vma)
-                yield from copy_page_range(machine, vma_at(machine, child.row), vma)
-        yield machine.step("The child has a copy of every mapping.", oldmm)
-    finally:
-        machine.up_write(lock)
+        try:
+            yield from _copy_mappings(machine, mm, oldmm)
+        finally:
+            machine.up_write(lock)
+    except KernelError:
+        yield from exit_mmap(machine, mm)
+        raise
     return mm
+
+
+def _copy_mappings(machine: Machine, mm: int, oldmm: int) -> Routine[None]:
+    """Copy every mapping that a child may have."""
+    for vma in vmas_of(machine, oldmm):
+        if vma.flags & VM_DONTCOPY:
+            continue
+        child = vm_area_dup(machine, vma, mm, vma.start, vma.end, vma.pgoff)
+        machine.write("vma.flags", child.row, vma.flags & ~VM_LOCKED)
+        if vma.file:
+            insert_after(machine, child, vma)
+        if not vma.flags & VM_WIPEONFORK:
+            anon_vma_fork(machine, child, vma)
+            yield from copy_page_range(machine, vma_at(machine, child.row), vma)
+    flush_tlb(machine)
+    yield machine.step("The child has a copy of every mapping.", oldmm)
 
 
 @kernel("mm/memory.c")
@@ -129,13 +150,21 @@ def copy_page_range(machine: Machine, child: Vma, vma: Vma) -> Routine[None]:
         if run.row < 0:
             continue
         alloc_tables(machine, mm_root(machine, child.mm), run.start, run.stop)
-        used = np.flatnonzero(machine["pte"][run.row : run.row + run.stop - run.start])
+        used = np.arange(run.stop - run.start)
+        words = machine["pte"][run.row : run.row + used.size]
+        if not words.all():
+            used = np.flatnonzero(words)
         parts = [(0, used.size)] if run.huge else machine.chunks(0, used.size)
         for first, last in parts:
             part = used[first:last]
-            _copy_words(machine, child, vma, run.start + part, run.row + part)
+            try:
+                _copy_words(machine, child, vma, run.start + part, as_rows(run.row + part))
+            except KernelError:
+                if cow:
+                    yield from invalidate_range_end(machine, range)
+                raise
             yield machine.step(
-                "The child maps what {range} maps" + (", and neither may write." if cow else "."),
+                "The child maps what {range} map{s}" + (", and neither may write." if cow else "."),
                 vma.mm,
                 run.start + int(part[0]),
                 run.start + int(part[-1]) + 1,
@@ -160,37 +189,38 @@ def _split_pinned(machine: Machine, vma: Vma) -> Routine[None]:
 
 
 def _copy_words(
-    machine: Machine, child: Vma, vma: Vma, vpns: NDArray[np.int64], rows: NDArray[np.int64]
+    machine: Machine, child: Vma, vma: Vma, vpns: NDArray[np.int64], rows: Rows
 ) -> None:
     """Copy the words of ``vpns``, none of them empty, which are in ``rows`` of the parent."""
     restore_exclusive_ptes(machine, vma, vpns, rows)
-    words = machine["pte"][rows]
+    words = machine["pte"][rows].copy()
     if is_cow_mapping(vma.flags):
         words = _write_protected(words)
-    copies = words.copy()
     present = is_present(words)
-    normal = present & ((words & SPECIAL) == 0)
+    normal = present & ((words & np.uint64(SPECIAL)) == 0)
     private = absent = ~present
-    pfns = pfn_of(words)
     if absent.any():
-        private = absent & is_device_private(words)
-        pfns = np.where(present, pfns, swap_offset_pfn(words))
+        private = is_device_private(words)
+    pfns = named_pfn(words)
     pinned = _must_copy(machine, pfns, normal)
     shared = (normal | private) & ~pinned
+    clean = DIRTY if vma.flags & VM_SHARED else 0
+    copies = words & np.uint64(~(ACCESSED | clean) & _ALL)
+    if absent.any():
+        copies = np.where(present, copies, words)
     swapped = is_swapped(words) if absent.any() else absent
     if swapped.any():
         words[swapped] &= np.uint64(~SWP_EXCLUSIVE & _ALL)
         copies[swapped] = words[swapped]
         swap_duplicate(machine, swap_offset(words[swapped]))
-    frames = pfns if shared.all() else pfns[shared]
-    get_page(machine, frames)
-    page_dup_rmap(machine, frames)
-    clean = DIRTY if vma.flags & VM_SHARED else 0
-    copies[present] &= np.uint64(~(ACCESSED | clean) & _ALL)
+    frames = some(pfns, shared)
+    pages = pfn_to_page(machine, frames)
+    get_page(machine, frames, pages)
+    page_dup_rmap(machine, frames, pages)
     if pinned.any():
-        words[pinned] = machine["pte"][rows[pinned]]  # a pinned page stays the parent's own
+        words[pinned] = machine["pte"][rows][pinned]  # a pinned page stays the parent's own
         copies[pinned] = _copied(machine, child, vpns[pinned], pfns[pinned])
-    machine.write("pte", as_rows(rows), words)
+    machine.write("pte", rows, words)
     machine.write("pte", rows_of(machine, mm_root(machine, child.mm), vpns), copies)
 
 
@@ -207,9 +237,11 @@ def _write_protected(words: Words) -> Words:
 
 def _must_copy(machine: Machine, pfns: Pfns, normal: Bools) -> Bools:
     """Which pages may be pinned, so that the child must not share them."""
-    rows = page_rows(machine, np.where(normal, pfns, 0))
-    exclusive = (machine["page.flags"][rows] & PG_ANON_EXCLUSIVE) != 0
-    return normal & exclusive & folio_maybe_dma_pinned(machine, np.where(normal, pfns, 0))
+    if not normal.all():
+        pfns = np.where(normal, pfns, 0)
+    flags = machine["page.flags"][pfn_to_page(machine, pfns)]
+    exclusive = normal & ((flags & np.uint32(PG_ANON_EXCLUSIVE)) != 0)
+    return exclusive & folio_maybe_dma_pinned(machine, pfns)
 
 
 def _copied(machine: Machine, child: Vma, vpns: Pfns, pfns: Pfns) -> Words:

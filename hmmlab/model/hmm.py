@@ -37,7 +37,7 @@ from hmmlab.model.entry import (
 from hmmlab.model.geometry import LEVEL_PAGES, LEVEL_SHIFT, PMD_PAGES, align_down
 from hmmlab.model.huge_memory import hugepage_vma_check
 from hmmlab.model.machine import BLOCK, BULK, KernelError, Machine, Routine, kernel
-from hmmlab.model.memory import handle_mm_fault
+from hmmlab.model.memory import audiences, handle_mm_fault
 from hmmlab.model.mm_types import (
     VM_HUGETLB,
     VM_IO,
@@ -102,7 +102,9 @@ class HmmRange:
     batch: int = 0
 
     def request(self, start: int, end: int) -> Words:
-        """What is asked of pages ``start`` to ``end - 1``."""
+        """What is asked of pages ``start`` to ``end - 1``; read only."""
+        if not self.pfn_flags_mask:
+            return np.broadcast_to(np.uint64(self.default_flags), end - start)
         asked = self.hmm_pfns[start - self.start : end - self.start]
         return (asked & np.uint64(self.pfn_flags_mask)) | np.uint64(self.default_flags)
 
@@ -195,7 +197,7 @@ def commuting_batches(
 def _fault_batches(machine: Machine, range: HmmRange) -> Routine[None]:
     """Fault what several requests lack: in each page table of each, from the first such page on."""
     words = read_range(machine, mm_root(machine, range.mm), range.start, range.end)
-    _, cpu_flags, final = _answers(machine, range, words)
+    cpu_flags, final = _cpu_flags(machine, range, words)
     lacking = _lacking(range.request(range.start, range.end), cpu_flags) & ~final
     if not lacking.any():
         return
@@ -293,12 +295,9 @@ def hmm_vma_walk_pmd(machine: Machine, range: HmmRange, vma: Vma, run: Run) -> R
         machine.called("hmm_vma_walk_pmd", tables, up=1)
         return
     answers, cpu_flags, final = _answers(machine, range, words)
-    stop = words.size
-    if range.asks:
-        asked = range.request(run.start, run.stop)
-        lacking = _lacking(asked, cpu_flags) & ~final
-        first = np.flatnonzero(lacking)
-        stop = int(first[0]) if first.size else stop
+    asked = range.request(run.start, run.stop)
+    lacking = np.flatnonzero(_lacking(asked, cpu_flags) & ~final)
+    stop = int(lacking[0]) if lacking.size else words.size
     range.fill(run.start, run.start + stop, answers[:stop])
     at = run.start + stop
     tables = (min(at, run.stop - 1) // PMD_PAGES) - run.start // PMD_PAGES
@@ -356,9 +355,9 @@ def walk_hugetlb_range(
     while at < stop:  # over huge pages
         end = min(stop, align_down(at, PMD_PAGES) + PMD_PAGES)
         if not table_of(machine, root, at, "pmd"):
-            machine.called("hmm_vma_walk_hole")
             if _needs_any(range, at, end):
                 yield from hmm_vma_walk_hole(machine, range, vma, at, end)
+            machine.called("hmm_vma_walk_hole")
             range.fill(at, end, 0)
         else:
             answers, cpu_flags, _ = _answers(machine, range, read_range(machine, root, at, end))
@@ -373,41 +372,46 @@ def walk_hugetlb_range(
 
 def _lacking(asked: Words, cpu_flags: Words) -> Bools:
     """Which pages lack what is asked of them (``hmm_pte_need_fault``)."""
-    no_write = ((asked & HMM_PFN_REQ_WRITE) != 0) & ((cpu_flags & HMM_PFN_WRITE) == 0)
-    no_page = (cpu_flags & HMM_PFN_VALID) == 0
-    return ((asked & HMM_PFN_REQ_FAULT) != 0) & (no_write | no_page)
+    if not asked.strides[0]:  # one word stands for all
+        asked = asked[:1]
+    writes = (asked & HMM_PFN_REQ_WRITE) != 0
+    lacking: Bools = (cpu_flags & HMM_PFN_VALID) == 0
+    if writes.any():
+        lacking |= writes & ((cpu_flags & HMM_PFN_WRITE) == 0)
+    return lacking & ((asked & HMM_PFN_REQ_FAULT) != 0)
 
 
-def _answers(machine: Machine, range: HmmRange, words: Words) -> tuple[Words, Words, Bools]:
-    """The hmm_pfns of some words, their flags, and which are final whatever is asked.
+def _cpu_flags(machine: Machine, range: HmmRange, words: Words) -> tuple[Words, Bools]:
+    """The flags of some words, and which are final whatever is asked.
 
     A device-private page of the caller's own device is final: it is never faulted, not even for a
     write that its entry does not allow.
     """
-    valid = (words & PRESENT) != 0
-    if valid.all():
-        flags = (words & np.uint64(RW)) << np.uint64(_WRITE_SHIFT)
-        flags |= np.uint64(HMM_PFN_VALID)
-        return pfn_of(words).view(np.uint64) | flags, flags, np.zeros(words.size, np.bool_)
-    flags = np.where(valid, np.uint64(HMM_PFN_VALID), np.uint64(0))
-    flags |= np.where(valid & ((words & RW) != 0), np.uint64(HMM_PFN_WRITE), np.uint64(0))
-    present = valid | is_present(words)
-    answers: Words = np.where(present, pfn_of(words).astype(np.uint64), np.uint64(0)) | flags
     final = np.zeros(words.size, np.bool_)
-    other = np.flatnonzero(~present & (words != 0))
+    flags = (words & np.uint64(RW)) << np.uint64(_WRITE_SHIFT)
+    flags |= np.uint64(HMM_PFN_VALID)
+    if np.bitwise_and.reduce(words) & np.uint64(PRESENT):
+        return flags, final
+    flags[(words & PRESENT) == 0] = 0
+    other = np.flatnonzero(~is_present(words) & (words != 0))
     if other.size:
         entries = words[other]
-        pfns = swap_offset_pfn(entries)
-        owners = machine["pagemap.owner"][pagemap_of(machine, pfns)]
+        owners = machine["pagemap.owner"][pagemap_of(machine, swap_offset_pfn(entries))]
         own = is_device_private(entries) & (owners == range.dev_private_owner) & (owners != 0)
-        writable = np.where(
-            swap_type(entries) == SWP_DEVICE_WRITE, np.uint64(HMM_PFN_WRITE), np.uint64(0)
-        )
-        mine = other[own]
-        flags[mine] = np.uint64(HMM_PFN_VALID) | writable[own]
-        answers[mine] = pfns[own].astype(np.uint64) | flags[mine]
-        final[mine] = True
-    return answers, flags, final
+        writable = swap_type(entries[own]) == SWP_DEVICE_WRITE
+        flags[other[own]] = np.where(writable, HMM_PFN_VALID | HMM_PFN_WRITE, HMM_PFN_VALID)
+        final[other[own]] = True
+    return flags, final
+
+
+def _answers(machine: Machine, range: HmmRange, words: Words) -> tuple[Words, Words, Bools]:
+    """The hmm_pfns of some words, and as :func:`_cpu_flags`."""
+    flags, final = _cpu_flags(machine, range, words)
+    answers = pfn_of(words).view(np.uint64)
+    if not np.bitwise_and.reduce(words) & np.uint64(PRESENT):
+        answers[~is_present(words)] = 0
+        answers[final] = swap_offset_pfn(words[final]).view(np.uint64)
+    return answers | flags, flags, final
 
 
 @kernel("mm/hmm.c")
@@ -424,10 +428,11 @@ def hmm_vma_fault(machine: Machine, vma: Vma, start: int, end: int, write: bool)
         raise KernelError(_EPERM, f"{place}: the mapping is {vma.permissions}")
     for first, last in machine.chunks(start, end):
         with machine.bulk(last - first):
-            try:
-                yield from handle_mm_fault(
-                    machine, vma_at(machine, vma.row), np.arange(first, last), write, remote=True
-                )
-            except KernelError as error:
-                raise KernelError(_EFAULT, str(error)) from error
+            for low, high in audiences(machine, vma, first, last, write):
+                try:
+                    yield from handle_mm_fault(
+                        machine, vma_at(machine, vma.row), np.arange(low, high), write, remote=True
+                    )
+                except KernelError as error:
+                    raise KernelError(_EFAULT, str(error)) from error
     raise _WalkAgainError(start)

@@ -152,7 +152,7 @@ def do_huge_pmd_anonymous_pages(
         words = present_word(frames_of(heads), prot | marks)
         pages = frames_of(blocks)
         set_flags(machine, frames_of(heads), PG_LRU)
-        page_add_new_anon_rmap(machine, frames_of(heads), vma, pages)
+        page_add_new_anon_rmap(machine, frames_of(heads), vma, pages, huge=True)
     else:
         zeros = np.arange(PMD_PAGES) + _huge_zero_page(machine)
         words = np.tile(present_word(zeros, prot | SPECIAL), blocks.size)
@@ -264,6 +264,7 @@ def split_huge_pmd(
         rows = rows_of_range(machine, root, first, last)
         machine.write("pte", rows, _split_words(machine, vma, machine["pte"][rows], freeze))
         set_huge(machine, root, first, huge=False)
+        machine.called("flush_tlb_mm_range")
     yield machine.step(
         "512 small words map {range} now."
         if huge

@@ -59,8 +59,9 @@ from hmmlab.model.page_table import (
     set_huge,
     walk,
 )
-from hmmlab.model.rmap import page_add_new_anon_rmap, page_dup_rmap, page_remove_rmap
+from hmmlab.model.rmap import hugepage_add_new_anon_rmap, page_dup_rmap, page_remove_rmap
 from hmmlab.model.state import State
+from hmmlab.model.tlb import MmuGather, ptep_clear_flush_notify
 
 __all__ = [
     "POOL",
@@ -243,7 +244,7 @@ def _hugetlb_no_page(machine: Machine, vma: Vma, first: int, write: bool) -> Rou
     vma = anon_vma_prepare(machine, vma)
     vpns = first + np.arange(PMD_PAGES)
     pfns = head + np.arange(PMD_PAGES)
-    page_add_new_anon_rmap(machine, pfns, vma, vpns)
+    hugepage_add_new_anon_rmap(machine, pfns, vma, vpns)
     _map(machine, vma.mm, first, present_word(pfns, _prot(vma, write)))
     yield machine.step(
         "First touch around {range}: a huge page of the pool is mapped.", vma.mm, first, first + 1
@@ -293,8 +294,9 @@ def _hugetlb_wp(machine: Machine, vma: Vma, first: int) -> Routine[bool]:
     machine.write("page.content", as_rows(new), machine["page.content"][old])
     range = MmuNotifierRange.one(vma.mm, Event.CLEAR, first, last, vma=vma.row)
     yield from invalidate_range_start(machine, range)
-    page_remove_rmap(machine, old)
-    page_add_new_anon_rmap(machine, new, vma, first + np.arange(PMD_PAGES))
+    ptep_clear_flush_notify(machine, vma.mm)
+    page_remove_rmap(machine, old, huge=True)
+    hugepage_add_new_anon_rmap(machine, new, vma, first + np.arange(PMD_PAGES))
     machine.write("pte", rows, present_word(new, _prot(vma, writable=True)))
     yield machine.step("A huge page of its own for {range}.", vma.mm, first, last)
     yield from invalidate_range_end(machine, range)
@@ -311,7 +313,9 @@ def _unmap_ref_private(machine: Machine, vma: Vma, first: int, head: int) -> Rou
         if row == vma.row or not other.start <= at < other.end or machine["vma.resv"][row] > 0:
             continue
         # The kernel takes the address of the fault for both: fork keeps addresses.
-        yield from unmap_hugepage_range(machine, other, first, first + PMD_PAGES, only=head)
+        tlb = MmuGather(machine, other.mm)
+        yield from unmap_hugepage_range(machine, tlb, other, first, first + PMD_PAGES, only=head)
+        tlb.finish()
 
 
 # --- taking away ----------------------------------------------------------------------------------
@@ -319,7 +323,7 @@ def _unmap_ref_private(machine: Machine, vma: Vma, first: int, head: int) -> Rou
 
 @kernel("mm/hugetlb.c", "__unmap_hugepage_range")
 def unmap_hugepage_range(
-    machine: Machine, vma: Vma, start: int, stop: int, *, only: int = 0
+    machine: Machine, tlb: MmuGather, vma: Vma, start: int, stop: int, *, only: int = 0
 ) -> Routine[None]:
     """Unmap huge pages inside one UNMAP; ``only`` that page where it is given.
 
@@ -328,7 +332,6 @@ def unmap_hugepage_range(
     range = MmuNotifierRange.one(vma.mm, Event.UNMAP, start, stop, vma=vma.row)
     yield from invalidate_range_start(machine, range)
     root = mm_root(machine, vma.mm)
-    gone: list[Pfns] = []
     for run in list(walk(machine, root, start, stop)):
         for at in np.arange(run.start, run.stop, PMD_PAGES).tolist() if run.huge else ():
             rows = rows_of_range(machine, root, at, at + PMD_PAGES)
@@ -339,12 +342,10 @@ def unmap_hugepage_range(
                 machine.write("vma.resv", vma.row, _UNMAPPED)
             machine.write("pte", rows, 0)
             drop_table(machine, root, at)
-            page_remove_rmap(machine, pfns)
-            gone.append(pfns)
+            page_remove_rmap(machine, pfns, huge=True)
+            tlb.remove_pages(pfns, huge=True)
     yield machine.step("{range}: huge pages are no longer mapped.", vma.mm, start, stop)
     yield from invalidate_range_end(machine, range)
-    for pfns in gone:
-        put_page(machine, pfns)
 
 
 # --- fork, mprotect, mremap -----------------------------------------------------------------------
@@ -366,7 +367,12 @@ def copy_hugetlb_page_range(machine: Machine, child: Vma, vma: Vma) -> Routine[N
         yield from invalidate_range_start(machine, range)
     for run in list(walk(machine, mm_root(machine, vma.mm), vma.start, vma.end)):
         for at in np.arange(run.start, run.stop, PMD_PAGES).tolist() if run.huge else ():
-            _copy_huge_page(machine, child, vma, at)
+            try:
+                _copy_huge_page(machine, child, vma, at)
+            except KernelError:
+                if is_cow_mapping(vma.flags):
+                    yield from invalidate_range_end(machine, range)
+                raise
             yield machine.step("The child maps {range} too.", vma.mm, at, at + PMD_PAGES)
     if is_cow_mapping(vma.flags):
         yield from invalidate_range_end(machine, range)
@@ -383,7 +389,7 @@ def _copy_huge_page(machine: Machine, child: Vma, vma: Vma, first: int) -> None:
             raise KernelError(12, "the pool has no huge page for the child")
         new = head + np.arange(PMD_PAGES)
         machine.write("page.content", as_rows(new), machine["page.content"][pfns])
-        page_add_new_anon_rmap(machine, new, child, first + np.arange(PMD_PAGES))
+        hugepage_add_new_anon_rmap(machine, new, child, first + np.arange(PMD_PAGES))
         _map(machine, child.mm, first, present_word(new, _prot(child, writable=True)))
         return
     get_page(machine, pfns)
@@ -396,6 +402,7 @@ def _copy_huge_page(machine: Machine, child: Vma, vma: Vma, first: int) -> None:
 @kernel("mm/hugetlb.c")
 def hugetlb_change_protection(machine: Machine, vma: Vma, start: int, stop: int) -> Routine[None]:
     """Change words, inside one PROTECTION_VMA of the range, whether anything is mapped or not."""
+    tlb = MmuGather(machine, vma.mm)
     range = MmuNotifierRange.one(vma.mm, Event.PROTECTION_VMA, start, stop, vma=vma.row)
     yield from invalidate_range_start(machine, range)
     for run in list(walk(machine, mm_root(machine, vma.mm), start, stop)):
@@ -403,10 +410,13 @@ def hugetlb_change_protection(machine: Machine, vma: Vma, start: int, stop: int)
             rows = slice(run.row, run.row + run.stop - run.start)
             words = with_protection(machine["pte"][rows], vm_page_prot(vma.flags))
             machine.write("pte", rows, words)
+            tlb.cleared = True
+    tlb.flush_only()
     yield machine.step(
         f"{{range}}: the huge pages have the rights of {vma.permissions} now.", vma.mm, start, stop
     )
     yield from invalidate_range_end(machine, range)
+    tlb.finish(nested=True)  # mprotect has a gather of its own
 
 
 @kernel("mm/hugetlb.c")
@@ -414,6 +424,7 @@ def move_hugetlb_page_tables(
     machine: Machine, vma: Vma, start: int, stop: int, to: int
 ) -> Routine[None]:
     """Move huge pages to page ``to`` on, inside one CLEAR of the old place."""
+    tlb = MmuGather(machine, vma.mm)
     range = MmuNotifierRange.one(vma.mm, Event.CLEAR, start, stop, vma=vma.row)
     yield from invalidate_range_start(machine, range)
     root = mm_root(machine, vma.mm)
@@ -424,5 +435,8 @@ def move_hugetlb_page_tables(
             machine.write("pte", rows, 0)
             drop_table(machine, root, at)
             _map(machine, vma.mm, at + to - start, words)
+            tlb.cleared = True
+    tlb.flush_only()
     yield machine.step("What {range} held has moved to its new place.", vma.mm, start, stop)
     yield from invalidate_range_end(machine, range)
+    tlb.finish()

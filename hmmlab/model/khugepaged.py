@@ -58,6 +58,7 @@ from hmmlab.model.page import (
 from hmmlab.model.page_table import has_table, huge_blocks, rows_of_range, set_huge, table_of
 from hmmlab.model.rmap import page_add_new_anon_rmap, page_remove_rmap
 from hmmlab.model.swap import free_swap_cache
+from hmmlab.model.tlb import flush_tlb
 
 __all__ = ["ScanResult", "collapse_range", "khugepaged", "may_collapse"]
 
@@ -119,12 +120,13 @@ def collapse_range(machine: Machine, vma: Vma, start: int, stop: int) -> Routine
     return 0 if done == (last - first) // PMD_PAGES else int(failure.value)
 
 
+@Machine.kernel_thread("khugepaged", "khugepaged.awake")
 @kernel("mm/khugepaged.c", "khugepaged_do_scan")
 def khugepaged(machine: Machine) -> Routine[None]:
     """The background thread has been woken: it collapses what is worth it, everywhere once.
 
     It asks for more than madvise does: a page that was used lately, and few that are shared or in
-    swap. When it runs is a matter of timing; here it does so between two operations.
+    swap.
     """
     machine.write("khugepaged.awake", 0, 0)
     done = 0
@@ -224,6 +226,7 @@ def _collapse_huge_page(machine: Machine, vma: Vma, first: int) -> Routine[ScanR
     root, last = mm_root(machine, vma.mm), first + PMD_PAGES
     range = MmuNotifierRange.one(vma.mm, Event.CLEAR, first, last)
     yield from invalidate_range_start(machine, range)
+    flush_tlb(machine)
     yield from invalidate_range_end(machine, range)
     rows = rows_of_range(machine, root, first, last)
     words = machine["pte"][rows].copy()
@@ -242,9 +245,9 @@ def _collapse_huge_page(machine: Machine, vma: Vma, first: int) -> Routine[ScanR
     put_page(machine, old)
     free_swap_cache(machine, cached)
     set_flags(machine, new, PG_LRU)
-    page_add_new_anon_rmap(machine, new, vma, np.arange(first, last))
+    page_add_new_anon_rmap(machine, new, vma, np.arange(first, last), huge=True)
     rights = DIRTY | SOFT_DIRTY | (RW if vma.flags & VM_WRITE else 0)
     machine.write("pte", rows, present_word(new, vm_page_prot(vma.flags) | rights))
     set_huge(machine, root, first, huge=True)
-    yield machine.step("{range} is one huge page now.", vma.mm, first, last)
+    yield machine.step("{range} {are} one huge page now.", vma.mm, first, last)
     return ScanResult.SUCCEED

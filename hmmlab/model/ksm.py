@@ -17,7 +17,7 @@ import numpy as np
 
 from hmmlab.model.entry import DIRTY, RW, SPECIAL, is_present, pfn_of, present_word
 from hmmlab.model.lru import lru_add_drain
-from hmmlab.model.machine import KernelError, Machine, Routine, kernel
+from hmmlab.model.machine import Actor, KernelError, Machine, Routine, kernel
 from hmmlab.model.memory import handle_mm_fault
 from hmmlab.model.migration import split_huge_page
 from hmmlab.model.mm_types import (
@@ -59,6 +59,7 @@ from hmmlab.model.page import (
 from hmmlab.model.page_table import walk, word_row
 from hmmlab.model.rmap import page_add_anon_rmap, page_remove_rmap
 from hmmlab.model.swap import folio_free_swap
+from hmmlab.model.tlb import ptep_clear_flush_notify
 
 __all__ = ["ksm_fork", "ksm_scan", "pages_sharing", "unmerge_ksm_pages"]
 
@@ -99,15 +100,21 @@ class _Found(NamedTuple):
 @kernel("mm/ksm.c")
 def ksm_scan(machine: Machine, mm: int, start: int, stop: int) -> Routine[int]:
     """Advise pages as mergeable, scan three times, and return how many are saved by sharing."""
+    yield from _advise_mergeable(machine, mm, start, stop)
+    ksmd = Actor("ksmd")
+    for _ in range(_SCANS):
+        yield from machine.run_as(ksmd, _ksm_do_scan(machine))
+    return pages_sharing(machine)
+
+
+@kernel("mm/madvise.c", "__x64_sys_madvise")
+def _advise_mergeable(machine: Machine, mm: int, start: int, stop: int) -> Routine[None]:
     lock = mm_lock(machine, mm)
     yield from machine.down_write(lock)
     try:
         yield from _ksm_madvise(machine, mm, start, stop)
     finally:
         machine.up_write(lock)
-    for _ in range(_SCANS):
-        yield from _ksm_do_scan(machine)
-    return pages_sharing(machine)
 
 
 def _ksm_madvise(machine: Machine, mm: int, start: int, stop: int) -> Routine[None]:
@@ -386,6 +393,7 @@ def _replace_page(machine: Machine, vma: Vma, page: _Found, kpage: int) -> Routi
     get_page(machine, merged)
     page_add_anon_rmap(machine, merged, vma, np.array([page.vpn]), np.zeros(1, np.bool_))
     machine.write("pte", row, present_word(merged, vm_page_prot(vma.flags))[0])
+    ptep_clear_flush_notify(machine, page.mm)
     page_remove_rmap(machine, old)
     if not machine["page.mapcount"][page.pfn]:
         folio_free_swap(machine, old)

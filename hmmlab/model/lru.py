@@ -46,9 +46,9 @@ def mark_page_lazyfree(machine: Machine, pfns: Pfns) -> None:
     _wait(machine, waiting[full:])
 
 
-def lru_add_drain(machine: Machine) -> None:
-    """Move all that wait to their lists."""
-    machine.called("lru_add_drain")
+def lru_add_drain(machine: Machine, times: int = 1) -> None:
+    """Move all that wait to their lists, ``times`` times."""
+    machine.called("lru_add_drain", times)
     waiting = _waiting(machine)
     if waiting.size:
         _wait(machine, waiting[:0])

@@ -17,7 +17,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import Any, ClassVar, Concatenate, ParamSpec, TypeVar
 
 import numpy as np
-from numpy.typing import DTypeLike
+from numpy.typing import DTypeLike, NDArray
 
 from hmmlab.model.geometry import USER_VPN_END
 from hmmlab.model.state import Rows, State, unique_rows
@@ -32,6 +32,7 @@ __all__ = [
     "Routine",
     "Steps",
     "StepsOf",
+    "StuckError",
     "UnrunOperationWarning",
     "kernel",
     "operation",
@@ -47,8 +48,9 @@ Routine = Generator[Step, None, R]
 #: A grain without bound: iterations of a loop that commute become one step, up to BLOCK of them.
 BULK = 1 << 62
 
-#: Pages that a long loop in bulk takes at once: so many words stay in the cache.
-BLOCK = 1 << 14
+#: Pages that a long loop in bulk takes at once. The arrays of a quarter as many would stay in a
+#: faster cache, and yet cost more: a block of a migration costs a millisecond whatever its size.
+BLOCK = 1 << 16
 
 #: RAM of the recordings' machine: 4 GiB.
 DEFAULT_RAM_PAGES = 1 << 20
@@ -69,6 +71,10 @@ class KernelError(Exception):
         self.errno, self.signal = errno, signal
         name = errno_names.errorcode.get(errno) or {11: "SIGSEGV", 7: "SIGBUS"}.get(signal, "?")
         super().__init__(f"{name}: {message}")
+
+
+class StuckError(RuntimeError):
+    """An operation waits for something that nobody will do, as it would in the kernel."""
 
 
 class UnrunOperationWarning(UserWarning):
@@ -126,6 +132,10 @@ def kernel(
     return mark
 
 
+#: Flushes, and what is freed with them, after the last step of an operation: no step of their own.
+_PART_OF_THE_LAST_STEP = ("flush_tlb_mm_range", "tlb_finish_mmu")
+
+
 class Steps(Iterator[Step]):
     """An operation that has not happened yet. Iterate over its steps, or call :meth:`run`.
 
@@ -133,7 +143,11 @@ class Steps(Iterator[Step]):
     ----------
     result
         What the operation returned, once it has ended.
+    may_rest
+        Whether it may be dropped unrun, without a warning.
     """
+
+    may_rest = False
 
     def __init__(self, machine: Machine, text: str, actor: Actor, body: Routine[Any]) -> None:
         self.machine, self.text, self.actor, self._body = machine, text, actor, body
@@ -145,6 +159,11 @@ class Steps(Iterator[Step]):
         state = "ended" if self.ended else "running" if self.started else "not started"
         return f"Steps({self.text!r}, {state})"
 
+    @property
+    def routine(self) -> Routine[Any]:
+        """The generator behind it; who wants to know where it stands looks at its frame."""
+        return self._body
+
     def __next__(self) -> Step:
         if self.ended:
             raise StopIteration
@@ -154,6 +173,7 @@ class Steps(Iterator[Step]):
         try:
             if not self.started:
                 self.started = True
+                machine.running += 1
                 self.number = machine.next_operation()
                 machine.tell("began", self.number, self.text, self.actor.name)
             step = next(self._body)
@@ -171,12 +191,22 @@ class Steps(Iterator[Step]):
 
     def _end(self, result: Any, text: str) -> None:
         self.ended, self.result = True, result
-        if self.actor.entered:  # what was called after the last step
+        self.machine.running -= 1
+        entered = self.actor.entered
+        if (
+            entered
+            and entered[0][1] in _PART_OF_THE_LAST_STEP
+            and not isinstance(result, KernelError)
+        ):
+            self.machine.tell_called(self.number, tuple(entered))
+            entered.clear()
+        elif entered:  # what was called after the last step
             depth, function = self.actor.entered[-1]
             step = self.machine.step(text.replace("{", "{{").replace("}", "}}"))
             step = dataclasses.replace(step, function=function, depth=depth)
             self.machine.tell("stepped", self.number, step)
         self.machine.tell("ended", self.number, result)
+        self.machine.run_woken()
 
     def run(self) -> Any:
         """Run to the end and return the operation's answer.
@@ -185,16 +215,18 @@ class Steps(Iterator[Step]):
         ------
         KernelError
             What the kernel refuses.
-        RuntimeError
+        StuckError
             When it waits for a lock that nobody will release.
         """
         for step in self:
             if step.lock:
-                raise RuntimeError(f"{self.actor.name} waits for {step.lock}, and nobody else runs")
+                raise StuckError(f"{self.actor.name} waits for {step.lock}, and nobody else runs")
         return self.result
 
     def __del__(self) -> None:
-        if not self.started and not self.ended:
+        if self.started and not self.ended:  # dropped half-way, and so never to end
+            self.machine.running -= 1
+        if not self.started and not self.ended and not self.may_rest:
             warnings.warn(
                 f"the steps of {self.text!r} were never run", UnrunOperationWarning, stacklevel=2
             )
@@ -242,6 +274,17 @@ class StepsOf:
         return [name for name in dir(kind) if hasattr(getattr(kind, name), "plan")]
 
 
+#: Values that take a page or more.
+_MANY = 1024
+
+
+def _kept(values: NDArray[Any]) -> NDArray[Any]:
+    """A copy of some values for whoever listens; of many that are alike, one stands for all."""
+    if values.size >= _MANY and (values == values[0]).all():
+        return np.broadcast_to(values[0], values.shape)
+    return np.array(values)
+
+
 class Machine(State):
     """A small Linux memory-management kernel.
 
@@ -262,6 +305,7 @@ class Machine(State):
 
     _declared: ClassVar[dict[str, tuple[DTypeLike, str]]] = {}
     _boot: ClassVar[list[Callable[[Machine], None]]] = []
+    _threads: ClassVar[dict[str, tuple[str, Callable[[Machine], Routine[None]]]]] = {}
 
     def __init__(self, ram_pages: int = DEFAULT_RAM_PAGES, *, grain: int = BULK) -> None:
         if not 16 <= ram_pages <= USER_VPN_END:
@@ -275,6 +319,7 @@ class Machine(State):
         self._observers: list[Observer] = []
         self._lock_names: list[str] = []
         self.group = self._groups = self._operations = 0
+        self.running = 0  # operations that have begun and not ended
         for boot in self._boot:
             boot(self)
 
@@ -300,6 +345,22 @@ class Machine(State):
         return function
 
     @classmethod
+    def kernel_thread(
+        cls, name: str, woken: str
+    ) -> Callable[[Callable[[Machine], Routine[None]]], Callable[[Machine], Routine[None]]]:
+        """Mark a routine as a kernel thread: it runs when row 0 of column ``woken`` is not 0.
+
+        When a thread runs is a matter of timing in the kernel. Here it is one rule: as soon as it
+        has been woken and no operation is under way.
+        """
+
+        def mark(body: Callable[[Machine], Routine[None]]) -> Callable[[Machine], Routine[None]]:
+            cls._threads[name] = (woken, body)
+            return body
+
+        return mark
+
+    @classmethod
     def meaning(cls, column: str) -> str:
         """What a column holds, in words."""
         return cls._declared[column][1]
@@ -307,20 +368,23 @@ class Machine(State):
     # --- the door ---------------------------------------------------------------------------------
     def write(self, column: str, rows: Rows, values: Any) -> None:
         """Set ``rows`` (unique) of ``column`` to ``values``. The only way to change a column."""
-        array = self.reserve(column, rows)
+        array = self._columns[column].reserve(rows)
         if not self._observers:
             array[rows] = values
             return
-        old = np.array(array[rows])
+        old = _kept(array[rows])
         array[rows] = values
-        self.tell("wrote", column, rows, old, np.array(array[rows]))
+        self.tell("wrote", column, rows, old, _kept(array[rows]))
 
     def add(self, column: str, rows: Rows, delta: Any) -> None:
         """Add ``delta`` to ``rows`` of ``column``, once for each time that a row stands there."""
+        array = self._columns[column].reserve(rows)
         if isinstance(rows, (slice, int, np.integer)):
-            self.write(column, rows, self.reserve(column, rows)[rows] + delta)
+            if self._observers:
+                self.write(column, rows, array[rows] + delta)
+            else:
+                array[rows] += delta
             return
-        array = self.reserve(column, rows)
         amount = np.asarray(delta).astype(array.dtype)  # another dtype is two hundred times slower
         if not amount.ndim and ((rows[1:] > rows[:-1]).all() or (rows[1:] < rows[:-1]).all()):
             self.write(column, rows, array[rows] + amount)
@@ -344,6 +408,12 @@ class Machine(State):
         """Tell every observer."""
         for observer in self._observers:
             getattr(observer, what)(*args)
+
+    def tell_called(self, number: int, calls: tuple[tuple[int, str], ...]) -> None:
+        """Tell who wants to know what an operation called after its last step (``called``)."""
+        for observer in self._observers:
+            if hook := getattr(observer, "called", None):
+                hook(number, calls)
 
     @property
     def observed(self) -> bool:
@@ -369,6 +439,25 @@ class Machine(State):
         """Number of an operation that begins."""
         self._operations += 1
         return self._operations
+
+    def run_woken(self) -> None:
+        """Run the kernel threads that have been woken, unless an operation is under way."""
+        for name, (woken, body) in self._threads.items():
+            if not self.running and self[woken][:1].any():
+                Steps(self, name, Actor(name), body(self)).run()
+
+    def run_as(self, actor: Actor, body: Routine[R]) -> Routine[R]:
+        """Take the steps of ``body`` as another actor, for whom this operation waits."""
+        while True:
+            outer, self.actor = self.actor, actor
+            try:
+                step = next(body)
+            except StopIteration as stop:
+                answer: R = stop.value
+                return answer
+            finally:
+                self.actor = outer
+            yield step
 
     def step(
         self,
@@ -408,10 +497,31 @@ class Machine(State):
         if times > 0 and self._observers:
             self.actor.enter(function, times, up)
 
+    @contextlib.contextmanager
+    def within(self, function: str) -> Iterator[None]:
+        """Note a call of a function that takes no step of its own, and what is called in it."""
+        self.called(function)
+        self.actor.stack.append(function)
+        try:
+            yield
+        finally:
+            self.actor.stack.pop()
+
+    def called_in_turn(self, *calls: tuple[str, Any]) -> None:
+        """Note calls of one iteration after another: of each function where its mask is True.
+
+        A mask is a bool array of one value an iteration.
+        """
+        if self._observers:
+            names = [function for function, _ in calls]
+            _, which = np.nonzero(np.stack([mask for _, mask in calls], axis=1))
+            depth = len(self.actor.stack)
+            self.actor.entered.extend([(depth, names[i]) for i in which.tolist()])
+
     def chunks(self, start: int, stop: int) -> Iterable[tuple[int, int]]:
         """The iterations from ``start`` to ``stop`` of a kernel loop, as many a step as allowed.
 
-        In bulk that is :data:`BLOCK`, for arrays that leave the cache cost several times as much.
+        In bulk that is :data:`BLOCK`, for arrays that leave every cache cost several times as much.
         """
         size = min(self.grain, BLOCK, stop - start)
         return ((at, min(at + size, stop)) for at in range(start, stop, max(size, 1)))

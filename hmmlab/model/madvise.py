@@ -26,7 +26,7 @@ from hmmlab.model.huge_memory import khugepaged_enter
 from hmmlab.model.khugepaged import collapse_range, may_collapse
 from hmmlab.model.lru import lru_add_drain, mark_page_lazyfree
 from hmmlab.model.machine import KernelError, Machine, Routine, kernel
-from hmmlab.model.memory import unmap_page_range, unmap_single_vma
+from hmmlab.model.memory import unmap_single_vma
 from hmmlab.model.migration import split_huge_page
 from hmmlab.model.mm_types import (
     VM_DONTCOPY,
@@ -64,6 +64,7 @@ from hmmlab.model.page import (
 from hmmlab.model.page_table import walk
 from hmmlab.model.state import unique_rows
 from hmmlab.model.swap import folio_free_swap, free_swap_and_cache
+from hmmlab.model.tlb import MmuGather
 from hmmlab.model.vmscan import reclaim_pages
 
 __all__ = ["ADVICE", "sys_madvise"]
@@ -134,13 +135,17 @@ def _dontneed(machine: Machine, vma: Vma, prev: Vma | None, start: int, stop: in
 
 
 @kernel("mm/memory.c")
-def zap_page_range_single(machine: Machine, vma: Vma, start: int, stop: int) -> Routine[None]:
+def zap_page_range_single(
+    machine: Machine, vma: Vma, start: int, stop: int, *, even_cows: bool = True
+) -> Routine[None]:
     """Empty a part of one mapping inside a CLEAR of it."""
     lru_add_drain(machine)
     range = MmuNotifierRange.one(vma.mm, Event.CLEAR, start, stop, vma=vma.row)
+    tlb = MmuGather(machine, vma.mm)
     yield from invalidate_range_start(machine, range)
-    yield from unmap_single_vma(machine, vma, start, stop)
+    yield from unmap_single_vma(machine, tlb, vma, start, stop, even_cows=even_cows)
     yield from invalidate_range_end(machine, range)
+    tlb.finish()
 
 
 def _free(machine: Machine, vma: Vma, prev: Vma | None, start: int, stop: int) -> Routine[Vma]:
@@ -149,17 +154,24 @@ def _free(machine: Machine, vma: Vma, prev: Vma | None, start: int, stop: int) -
         raise _refuse(machine, vma, start, _EINVAL, "only private anonymous memory can be freed")
     lru_add_drain(machine)
     range = MmuNotifierRange.one(vma.mm, Event.CLEAR, start, stop, vma=vma.row)
+    tlb = MmuGather(machine, vma.mm)
     yield from invalidate_range_start(machine, range)
-    yield from _split_partly_covered(machine, vma, start, stop)
-    for run in walk(machine, mm_root(machine, vma.mm), start, stop):
-        if run.row >= 0:
-            _free_words(machine, run.row, run.stop - run.start)
-    yield machine.step("{range} may be freed whenever memory runs short.", vma.mm, start, stop)
+    yield from _free_range(machine, tlb, vma, start, stop)
     yield from invalidate_range_end(machine, range)
+    tlb.finish()
     return vma
 
 
-def _free_words(machine: Machine, row: int, pages: int) -> None:
+@kernel("mm/pagewalk.c", "walk_page_range")
+def _free_range(machine: Machine, tlb: MmuGather, vma: Vma, start: int, stop: int) -> Routine[None]:
+    yield from _split_partly_covered(machine, vma, start, stop)
+    for run in walk(machine, mm_root(machine, vma.mm), start, stop):
+        if run.row >= 0:
+            _free_words(machine, tlb, run.row, run.stop - run.start)
+    yield machine.step("{range} may be freed whenever memory runs short.", vma.mm, start, stop)
+
+
+def _free_words(machine: Machine, tlb: MmuGather, row: int, pages: int) -> None:
     rows = np.arange(row, row + pages)
     words = machine["pte"][row : row + pages].copy()
     swapped = is_swapped(words)
@@ -180,6 +192,7 @@ def _free_words(machine: Machine, row: int, pages: int) -> None:
     if (kept & given_up).any():
         set_flags(machine, pfns[kept & given_up], off=PG_DIRTY)
     rows, words, pfns = rows[given_up], words[given_up], pfns[given_up]
+    tlb.cleared |= bool((words & (ACCESSED | DIRTY)).any())
     machine.write("pte", as_rows(rows), words & np.uint64(~(ACCESSED | DIRTY) & _ALL))
     mark_page_lazyfree(machine, pfns)
 
@@ -225,12 +238,9 @@ def _remove(machine: Machine, vma: Vma, prev: Vma | None, start: int, stop: int)
         low = max(other.start, other.start + first - other.pgoff)
         high = min(other.end, other.start + last - other.pgoff)
         if low < high:
-            range = MmuNotifierRange.one(other.mm, Event.CLEAR, low, high, vma=row)
-            yield from invalidate_range_start(machine, range)
-            yield from unmap_page_range(machine, other, low, high, even_cows=False)
-            yield from invalidate_range_end(machine, range)
+            yield from zap_page_range_single(machine, other, low, high, even_cows=False)
     punch_hole(machine, vma.file, first, last)
-    yield machine.step("{range} is a hole of the file now.", vma.mm, start, stop)
+    yield machine.step("{range} {are} a hole of the file now.", vma.mm, start, stop)
     return vma
 
 
@@ -253,6 +263,15 @@ def _age(machine: Machine, vma: Vma, start: int, stop: int, *, reclaim: bool) ->
     if vma.flags & (VM_LOCKED | VM_PFNMAP | VM_HUGETLB):
         raise _refuse(machine, vma, start, _EINVAL, "the pages are locked or special")
     lru_add_drain(machine)
+    tlb = MmuGather(machine, vma.mm)
+    yield from _age_range(machine, tlb, vma, start, stop, reclaim=reclaim)
+    tlb.finish()
+
+
+@kernel("mm/pagewalk.c", "walk_page_range")
+def _age_range(
+    machine: Machine, tlb: MmuGather, vma: Vma, start: int, stop: int, *, reclaim: bool
+) -> Routine[None]:
     yield from _split_partly_covered(machine, vma, start, stop)
     for run in list(walk(machine, mm_root(machine, vma.mm), start, stop)):
         if run.row < 0:
@@ -264,10 +283,11 @@ def _age(machine: Machine, vma: Vma, start: int, stop: int, *, reclaim: bool) ->
             (machine["page.flags"][frames] & PG_LRU) != 0
         )
         rows, words, pfns = rows[mine], words[mine], pfns[mine]
+        tlb.cleared |= bool((words & ACCESSED).any())
         machine.write("pte", as_rows(rows), words & np.uint64(~ACCESSED & _ALL))
         if reclaim and pfns.size:
             yield from reclaim_pages(machine, pfns)
-    yield machine.step("{range} looks old now.", vma.mm, start, stop)
+    yield machine.step("{range} look{s} old now.", vma.mm, start, stop)
 
 
 # --- pages on their way in ------------------------------------------------------------------------

@@ -9,7 +9,9 @@ Source: mm/memory.c.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +22,7 @@ from hmmlab.model.entry import (
     RW,
     SOFT_DIRTY,
     SPECIAL,
+    SWP_DEVICE_READ,
     SWP_EXCLUSIVE,
     SWP_SOFT_DIRTY,
     Pfns,
@@ -28,13 +31,13 @@ from hmmlab.model.entry import (
     is_device_private,
     is_migration,
     is_present,
-    is_swap_type,
     is_swapped,
     pfn_of,
     present_word,
     repeats_device_private,
     swap_offset,
     swap_offset_pfn,
+    swap_type,
 )
 from hmmlab.model.exclusive import remove_device_exclusive_entries
 from hmmlab.model.filemap import cached, device_file_of, read_pages
@@ -66,6 +69,7 @@ from hmmlab.model.mmu_notifier import (
     MmuNotifierRange,
     invalidate_range_end,
     invalidate_range_start,
+    mm_has_notifiers,
 )
 from hmmlab.model.page import (
     PG_ANON,
@@ -79,9 +83,11 @@ from hmmlab.model.page import (
     as_rows,
     frames_of,
     get_page,
+    of_pagemap,
     page_mapping,
     page_rows,
     pagemap_of,
+    pfn_to_page,
     put_page,
     set_flags,
 )
@@ -100,7 +106,7 @@ from hmmlab.model.rmap import (
     page_add_new_anon_rmap,
     page_remove_rmap,
 )
-from hmmlab.model.state import Rows, row_numbers, unique_rows
+from hmmlab.model.state import Rows, are_unique, row_numbers, some, unique_rows
 from hmmlab.model.swap import (
     folio_free_swap,
     free_swap_and_cache,
@@ -110,15 +116,22 @@ from hmmlab.model.swap import (
     swap_vma_window,
     swapin_readahead,
 )
+from hmmlab.model.tlb import MmuGather, ptep_clear_flush_notify
 
 __all__ = [
+    "FAULT_FLAG_REMOTE",
+    "FAULT_FLAG_WRITE",
     "Faults",
+    "audiences",
     "do_swap_page",
     "fault_around_window",
     "handle_mm_fault",
     "unmap_page_range",
     "unmap_single_vma",
 ]
+
+#: What a driver is told of the fault that brings its page home (``enum fault_flag``).
+FAULT_FLAG_WRITE, FAULT_FLAG_REMOTE = 1 << 0, 1 << 7
 
 #: Pages of the aligned window in which a read fault of a file maps what is cached.
 FAULT_AROUND = 16
@@ -132,6 +145,36 @@ class Faults:
     vpns: NDArray[np.int64]
     write: bool
     remote: bool
+
+
+def audiences(
+    machine: Machine, vma: Vma, start: int, stop: int, write: bool
+) -> Iterable[tuple[int, int]]:
+    """Stretches of pages ``start`` to ``stop - 1`` whose faults the same subscribers hear of.
+
+    A device does not hear that its own pages come home. Told kind after kind, it would keep the
+    sequence number of another event than page after page; so such faults are taken at once only
+    with their likes.
+    """
+    if stop - start < 2 or not mm_has_notifiers(machine, vma.mm):
+        return ((start, stop),)
+    words = read_range(machine, mm_root(machine, vma.mm), start, stop)
+    private = is_device_private(words)
+    if not private.any():
+        return ((start, stop),)
+    entries = some(words, private)
+    kinds = 2 * of_pagemap(machine, "owner", swap_offset_pfn(entries))
+    if write:
+        kinds += swap_type(entries) == SWP_DEVICE_READ  # to be copied besides
+    if private.all() and (kinds == kinds[0]).all():
+        return ((start, stop),)
+    kind = is_device_exclusive(words).astype(kinds.dtype)  # of which all hear
+    if write:
+        kind |= is_present(words) & ((words & np.uint64(RW)) == 0)
+    kind[private] = kinds
+    telling = np.flatnonzero(kind)
+    cuts = start + telling[1:][np.diff(kind[telling]) != 0]
+    return pairwise([start, *cuts.tolist(), stop])
 
 
 # --- handle_mm_fault ------------------------------------------------------------------------------
@@ -179,18 +222,26 @@ def handle_mm_fault(
         first_touch = do_anonymous_page if vma.is_anonymous else do_fault
         yield from first_touch(machine, vma, vpns, rows, write)
         return
-    elsewhere = is_swap_type(words)
+    elsewhere = ~empty & ~is_present(words)
     shielded = ~empty & ~elsewhere & ((words & RW) == 0) if write else np.zeros_like(empty)
     ready = ~(empty | elsewhere | shielded)
     if empty.any() and not lost:
         fill = do_anonymous_page if vma.is_anonymous else do_fault
-        yield from fill(machine, vma, vpns[empty], _some(rows, empty), write)
+        yield from fill(machine, vma, some(vpns, empty), _some(rows, empty), write)
     if elsewhere.any():
         yield from do_swap_page(
-            machine, vma, vpns[elsewhere], _some(rows, elsewhere), words[elsewhere], write
+            machine,
+            vma,
+            some(vpns, elsewhere),
+            _some(rows, elsewhere),
+            some(words, elsewhere),
+            write,
+            remote,
         )
     if shielded.any():
-        yield from do_wp_page(machine, vma, vpns[shielded], _some(rows, shielded), words[shielded])
+        yield from do_wp_page(
+            machine, vma, some(vpns, shielded), _some(rows, shielded), some(words, shielded)
+        )
     if ready.any():
         marks = ACCESSED | (DIRTY | SOFT_DIRTY if write else 0)
         machine.write("pte", _some(rows, ready), words[ready] | np.uint64(marks))
@@ -366,14 +417,16 @@ def _born_dirty(vma: Vma, prot: int) -> int:
 @kernel("mm/memory.c")
 def do_wp_page(machine: Machine, vma: Vma, vpns: Pfns, rows: Rows, words: Words) -> Routine[None]:
     """A write to pages that are present and not writable: reuse the frame, or copy it."""
-    normal = (words & SPECIAL) == 0
-    frames = np.where(normal, pfn_of(words), ZERO_PFN)
-    at = page_rows(machine, frames)
+    normal = (words & np.uint64(SPECIAL)) == 0
+    frames = pfn_of(words)
+    if not normal.all():
+        frames = np.where(normal, frames, ZERO_PFN)
+    at = pfn_to_page(machine, frames)
     flags = machine["page.flags"][at]
-    anon = normal & ((flags & PG_ANON) != 0)
-    exclusive = anon & ((flags & PG_ANON_EXCLUSIVE) != 0)
-    alone = anon & ~exclusive & ((flags & PG_KSM) == 0)
-    _give_up_swap(machine, frames[alone])
+    anon = normal & ((flags & np.uint32(PG_ANON)) != 0)
+    exclusive = anon & ((flags & np.uint32(PG_ANON_EXCLUSIVE)) != 0)
+    alone = anon & ~exclusive & ((flags & np.uint32(PG_KSM)) == 0)
+    _give_up_swap(machine, some(frames, alone))
     alone &= _folio_ref_count(machine, at) == 1
     shared = normal & ~anon & bool(vma.flags & VM_SHARED)
     if shared.any():  # wp_page_shared
@@ -381,10 +434,10 @@ def do_wp_page(machine: Machine, vma: Vma, vpns: Pfns, rows: Rows, words: Words)
     reuse = exclusive | alone | shared
     if alone.any():  # page_move_anon_rmap: the last one left owns it from now on
         set_flags(machine, frames[alone], PG_ANON_EXCLUSIVE)
-        machine.write("page.mapping", as_rows(at[alone]), vma.anon_vma)
+        machine.write("page.mapping", _some(at, alone), vma.anon_vma)
     if reuse.any():
         marks = np.uint64(ACCESSED | DIRTY | SOFT_DIRTY | (RW if vma.flags & VM_WRITE else 0))
-        machine.write("pte", _some(rows, reuse), words[reuse] | marks)
+        machine.write("pte", _some(rows, reuse), some(words, reuse) | marks)
         yield machine.step(
             "Nobody else has the frame of {range}: it becomes writable in place."
             if not shared.any()
@@ -395,15 +448,18 @@ def do_wp_page(machine: Machine, vma: Vma, vpns: Pfns, rows: Rows, words: Words)
         )
     copy = ~reuse
     if copy.any():
-        yield from wp_page_copy(machine, vma, vpns[copy], _some(rows, copy), words[copy])
+        yield from wp_page_copy(
+            machine, vma, some(vpns, copy), _some(rows, copy), some(words, copy)
+        )
 
 
-def _folio_ref_count(machine: Machine, rows: Pfns) -> NDArray[np.int64]:
+def _folio_ref_count(machine: Machine, rows: Rows) -> NDArray[np.int32]:
     """References to the pages, those to all of its frames for part of a huge page."""
-    counts = machine["page.refcount"][rows].astype(np.int64)
-    parts = np.flatnonzero(machine["page.compound"][rows])
-    if parts.size:
-        heads, which = np.unique(machine["page.compound"][rows[parts]], return_inverse=True)
+    counts: NDArray[np.int32] = machine["page.refcount"][rows].copy()
+    compound = machine["page.compound"][rows]
+    if compound.any():
+        parts = np.flatnonzero(compound)
+        heads, which = np.unique(compound[parts], return_inverse=True)
         frames = frames_of(heads).reshape(heads.size, PMD_PAGES)
         mine = machine["page.compound"][frames] != 0  # some may be free, and used for other things
         counts[parts] = (machine["page.refcount"][frames] * mine).sum(axis=1)[which]
@@ -412,26 +468,49 @@ def _folio_ref_count(machine: Machine, rows: Pfns) -> NDArray[np.int64]:
 
 def _give_up_swap(machine: Machine, pfns: Pfns) -> None:
     """Take frames out of the swap cache where only that and one mapping hold them."""
-    rows = page_rows(machine, pfns)
+    rows = pfn_to_page(machine, pfns)
     cached = machine["page.swap"][rows] != 0
-    folio_free_swap(machine, unique_rows(pfns[cached & (machine["page.refcount"][rows] == 2)]))
+    if cached.any():
+        mine = cached & (machine["page.refcount"][rows] == 2)
+        folio_free_swap(machine, unique_rows(pfns[mine]))
 
 
 @kernel("mm/memory.c")
 def wp_page_copy(machine: Machine, vma: Vma, vpns: Pfns, rows: Rows, words: Words) -> Routine[None]:
-    """Copy on write: each page gets a frame of its own, inside a CLEAR of that page."""
+    """Copy on write: each page gets a frame of its own, inside a CLEAR of that page.
+
+    Where the word has changed since ``words`` was read, the copy is given up (``pte_same``).
+    """
     vma = anon_vma_prepare(machine, vma)
-    normal = (words & SPECIAL) == 0
+    normal = (words & np.uint64(SPECIAL)) == 0
     old = pfn_of(words)
-    at = page_rows(machine, old)
+    at = pfn_to_page(machine, old)
     new = alloc_pages(machine, vpns.size)
-    machine.write("page.content", as_rows(page_rows(machine, new)), machine["page.content"][at])
+    machine.write("page.content", as_rows(new), machine["page.content"][at])
     range = MmuNotifierRange.each(vma.mm, Event.CLEAR, vpns, vma=vma.row)
     yield from invalidate_range_start(machine, range)
+    same = machine["pte"][rows] == words
+    if not same.all():
+        put_page(machine, new[~same])
+        if not same.any():
+            yield from invalidate_range_end(machine, range)
+            return
+        vpns, rows, old, new, normal = (
+            vpns[same],
+            _some(rows, same),
+            old[same],
+            new[same],
+            normal[same],
+        )
+        at = pfn_to_page(machine, old)
     set_flags(machine, new, PG_LRU)
+    ptep_clear_flush_notify(machine, vma.mm, vpns.size)
     page_add_new_anon_rmap(machine, new, vma, vpns)
     machine.write("pte", rows, present_word(new, _born_dirty(vma, vm_page_prot(vma.flags))))
-    page_remove_rmap(machine, old[normal])
+    if not normal.all():
+        old = old[normal]
+        at = pfn_to_page(machine, old)
+    page_remove_rmap(machine, old, rows=at)
     yield machine.step(
         "A frame of its own for {range}: "
         + ("the old one keeps its readers." if normal.all() else "so far it was the zero page."),
@@ -440,15 +519,61 @@ def wp_page_copy(machine: Machine, vma: Vma, vpns: Pfns, rows: Rows, words: Word
         int(vpns[-1]) + 1,
     )
     yield from invalidate_range_end(machine, range)
-    put_page(machine, old[normal])
-    free_swap_cache(machine, unique_rows(old[normal & (machine["page.swap"][at] != 0)]))
+    put_page(machine, old, at)
+    cached = machine["page.swap"][at] != 0
+    if cached.any():
+        free_swap_cache(machine, unique_rows(old[cached]))
 
 
 @kernel("mm/memory.c")
 def do_swap_page(
-    machine: Machine, vma: Vma, vpns: Pfns, rows: Rows, words: Words, write: bool
+    machine: Machine,
+    vma: Vma,
+    vpns: Pfns,
+    rows: Rows,
+    words: Words,
+    write: bool,
+    remote: bool = False,
 ) -> Routine[None]:
     """A fault on entries that are neither empty nor present."""
+    private = is_device_private(words)
+    if not private.all():
+        words = yield from _migration_entry_wait(machine, vma, vpns, rows, words)
+        exclusive = is_device_exclusive(words)
+        if exclusive.any():
+            yield from remove_device_exclusive_entries(
+                machine, vma, vpns[exclusive], row_numbers(rows)[exclusive]
+            )
+        private = is_device_private(words)
+    pfns, at = swap_offset_pfn(some(words, private)), some(vpns, private)
+    if not are_unique(pfns):  # the first fault brings a shared page home for all
+        first = ~repeats_device_private(words)[private]
+        pfns, at = pfns[first], at[first]
+    if pfns.size:
+        maps = pagemap_of(machine, pfns)
+        for pagemap in unique_rows(maps).tolist():
+            mine = maps == pagemap
+            theirs = some(pfns, mine)
+            pages = pfn_to_page(machine, theirs)
+            get_page(machine, theirs, pages)
+            ops = machine.objects["pagemap"][pagemap]
+            try:
+                flags = (FAULT_FLAG_WRITE if write else 0) | (FAULT_FLAG_REMOTE if remote else 0)
+                yield from ops.migrate_to_ram(machine, vma, some(at, mine), theirs, flags)
+            finally:
+                put_page(machine, theirs, pages)
+    if private.all():
+        return
+    swapped = is_swapped(words)
+    if swapped.any():
+        at = row_numbers(rows)[swapped]
+        yield from _swap_in(machine, vma, vpns[swapped], at, words[swapped], write)
+
+
+def _migration_entry_wait(
+    machine: Machine, vma: Vma, vpns: Pfns, rows: Rows, words: Words
+) -> Routine[Words]:
+    """Wait until none of some words is a migration entry; returns the words then."""
     moving = is_migration(words)
     while moving.any():
         yield machine.step(
@@ -459,29 +584,8 @@ def do_swap_page(
             lock="migration_entry_wait",
         )
         words = machine["pte"][rows].copy()
-        moving = is_swap_type(words) & is_migration(words)
-    numbers = row_numbers(rows)
-    exclusive = is_swap_type(words) & is_device_exclusive(words)
-    if exclusive.any():
-        yield from remove_device_exclusive_entries(
-            machine, vma, vpns[exclusive], numbers[exclusive]
-        )
-    private = is_swap_type(words) & is_device_private(words)
-    private &= ~repeats_device_private(words)  # the first fault brings a shared page home for all
-    if private.any():
-        pfns = swap_offset_pfn(words[private])
-        maps = pagemap_of(machine, pfns)
-        for pagemap in unique_rows(maps).tolist():
-            mine = maps == pagemap
-            get_page(machine, pfns[mine])
-            ops = machine.objects["pagemap"][pagemap]
-            try:
-                yield from ops.migrate_to_ram(machine, vma, vpns[private][mine], pfns[mine])
-            finally:
-                put_page(machine, pfns[mine])
-    swapped = is_swapped(words)
-    if swapped.any():
-        yield from _swap_in(machine, vma, vpns[swapped], numbers[swapped], words[swapped], write)
+        moving = is_migration(words)
+    return words
 
 
 def _swap_in(
@@ -542,7 +646,7 @@ def _map_swapped(
         mapped |= np.where(alone, np.uint64(marks), np.uint64(0))
     page_add_anon_rmap(machine, pfns, vma, vpns, alone)
     machine.write("pte", as_rows(rows), mapped)
-    yield machine.step("{range} comes back from swap.", vma.mm, int(vpns[0]), int(vpns[-1]) + 1)
+    yield machine.step("{range} come{s} back from swap.", vma.mm, int(vpns[0]), int(vpns[-1]) + 1)
     if write and not alone.all():
         yield from do_wp_page(machine, vma, vpns[~alone], as_rows(rows[~alone]), mapped[~alone])
 
@@ -550,17 +654,21 @@ def _map_swapped(
 # --- zap ------------------------------------------------------------------------------------------
 
 
-def unmap_single_vma(machine: Machine, vma: Vma, start: int, stop: int) -> Routine[None]:
+def unmap_single_vma(
+    machine: Machine, tlb: MmuGather, vma: Vma, start: int, stop: int, *, even_cows: bool = True
+) -> Routine[None]:
     """Empty a part of one mapping, of huge pages or of others."""
-    unmap = unmap_hugepage_range if vma.flags & VM_HUGETLB else unmap_page_range
-    yield from unmap(machine, vma, start, stop)
+    if vma.flags & VM_HUGETLB:
+        yield from unmap_hugepage_range(machine, tlb, vma, start, stop)
+    else:
+        yield from unmap_page_range(machine, tlb, vma, start, stop, even_cows=even_cows)
 
 
 @kernel("mm/memory.c")
 def unmap_page_range(
-    machine: Machine, vma: Vma, start: int, stop: int, *, even_cows: bool = True
+    machine: Machine, tlb: MmuGather, vma: Vma, start: int, stop: int, *, even_cows: bool = True
 ) -> Routine[None]:
-    """Empty the words of pages ``start`` to ``stop - 1`` and drop what they referred to.
+    """Empty the words of pages ``start`` to ``stop - 1``; what they mapped waits in ``tlb``.
 
     Without ``even_cows``, pages of a file go and private copies of them stay.
     """
@@ -575,17 +683,29 @@ def unmap_page_range(
             frames = page_rows(machine, np.where(is_present(words), pfn_of(words), 0))
             anon = (machine["page.flags"][frames] & PG_ANON) != 0
             used = np.flatnonzero((words != 0) & is_present(words) & ~anon)
-        for first, last in machine.chunks(0, used.size):
-            yield from _zap(machine, vma, run.row, run.start, used[first:last])
+        parts = [(0, used.size)] if run.huge and used.size else machine.chunks(0, used.size)
+        for first, last in parts:
+            part = used[first:last]
+            yield from _zap(machine, tlb, vma, run.row, run.start, part, huge=run.huge)
         if run.huge:
             for first in np.arange(run.start, run.stop, PMD_PAGES).tolist():  # over page tables
                 drop_table(machine, root, first)
 
 
 def _zap(
-    machine: Machine, vma: Vma, row: int, start: int, used: NDArray[np.int64]
+    machine: Machine,
+    tlb: MmuGather,
+    vma: Vma,
+    row: int,
+    start: int,
+    used: NDArray[np.int64],
+    *,
+    huge: bool,
 ) -> Routine[None]:
-    """Empty the words of pages ``start + used``, whose rows are ``row + used``."""
+    """Empty the words of pages ``start + used``, whose rows are ``row + used``.
+
+    Of ``huge`` words these are whole PMD words, which have one mapping each.
+    """
     rows = as_rows(row + used)
     words = machine["pte"][rows].copy()
     present = is_present(words)
@@ -602,13 +722,13 @@ def _zap(
     dirty = dirty[page_mapping(machine, dirty)]
     if dirty.size:
         set_flags(machine, unique_rows(dirty), PG_DIRTY)
-    pfns = named if held.all() else named[held]
-    cached = unique_rows(pfns[machine["page.swap"][page_rows(machine, pfns)] != 0])
-    page_remove_rmap(machine, pfns)
-    put_page(machine, pfns)
+    page_remove_rmap(machine, named if held.all() else named[held], huge=huge)
+    if present.any():
+        tlb.remove_pages(named if normal.all() else named[normal], huge=huge)
+    if private.any():
+        put_page(machine, named[private])
     if exclusive.any():  # mapped nowhere, but held
         put_page(machine, swap_offset_pfn(words[exclusive]))
-    free_swap_cache(machine, cached)
     swapped = is_swapped(words) if absent.any() else absent
     if swapped.any():
         free_swap_and_cache(machine, swap_offset(words[swapped]))

@@ -11,6 +11,7 @@ Source: mm/migrate_device.c, mm/migrate.c (``remove_migration_pte``), mm/rmap.c
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -30,12 +31,11 @@ from hmmlab.model.entry import (
     Words,
     is_device_private,
     is_present,
-    is_swap_type,
     migrate_pfn,
     migrate_pfn_to_pfn,
+    named_pfn,
     pfn_of,
     present_word,
-    swap_offset_pfn,
     swap_type,
     swap_word,
 )
@@ -43,7 +43,13 @@ from hmmlab.model.geometry import LEVEL_PAGES, PMD_PAGES, align_down
 from hmmlab.model.huge_memory import split_huge_pmd
 from hmmlab.model.lru import lru_add_drain
 from hmmlab.model.machine import BLOCK, BULK, KernelError, Machine, Routine, kernel
-from hmmlab.model.migration import freeze, remove_migration_ptes, split_huge_page, try_to_migrate
+from hmmlab.model.migration import (
+    Places,
+    freeze,
+    remove_migration_ptes,
+    split_huge_page,
+    try_to_migrate,
+)
 from hmmlab.model.mm_types import (
     VM_HUGETLB,
     VM_SPECIAL,
@@ -76,9 +82,10 @@ from hmmlab.model.page import (
     get_page,
     is_device_private_page,
     is_zone_device,
+    of_pagemap,
     page_mapping,
     page_rows,
-    pagemap_of,
+    pfn_to_page,
     put_page,
     set_flags,
 )
@@ -87,7 +94,8 @@ from hmmlab.model.rmap import (
     ksm_migrate_page,
     page_add_new_anon_rmap,
 )
-from hmmlab.model.state import are_unique, row_numbers
+from hmmlab.model.state import are_unique, row_numbers, rows_where, some
+from hmmlab.model.tlb import flush_tlb
 
 __all__ = [
     "SELECT_DEVICE_COHERENT",
@@ -103,6 +111,8 @@ __all__ = [
     "migrate_vma_pages",
     "migrate_vma_setup",
 ]
+
+_WRITE_BIT = MIGRATE_PFN_WRITE.bit_length() - 1
 
 SELECT_SYSTEM = 1
 SELECT_DEVICE_PRIVATE = 2
@@ -124,7 +134,8 @@ class MigrateVma:
     flags
         SELECT_* bits: which pages are collected.
     fault_pages
-        Frames that the CPU is faulting on, each held by one more reference; int64, maybe empty.
+        Frames that the CPU is faulting on (``fault_page``), each held by one more reference; int64,
+        maybe empty.
     each
         Whether every page is a migration of its own, one after another, as faults are.
     batch
@@ -134,6 +145,8 @@ class MigrateVma:
         MIGRATE_PFN_* entries, uint64 of shape (n,).
     cpages
         How many entries of ``src`` have MIGRATE.
+    elsewhere
+        Whether pages were frozen at other places besides.
     """
 
     vma: Vma | None
@@ -146,6 +159,7 @@ class MigrateVma:
     src: Words = field(init=False)
     dst: Words = field(init=False)
     cpages: int = 0
+    elsewhere: bool = False
 
     def __post_init__(self) -> None:
         self.src = np.zeros(self.vpns.size, np.uint64)
@@ -174,17 +188,45 @@ class MigrateVma:
     @property
     def src_pfns(self) -> Pfns:
         """Frame of each entry of ``src``; 0 where it names none."""
-        return np.where(self.valid, migrate_pfn_to_pfn(self.src), 0)
+        return migrate_pfn_to_pfn(self.src)
 
     @property
     def dst_pfns(self) -> Pfns:
         """Frame of each entry of ``dst``; 0 where the driver gave none."""
-        return np.where(self.dst != 0, migrate_pfn_to_pfn(self.dst), 0)
+        return migrate_pfn_to_pfn(self.dst)
+
+    def places(self, machine: Machine, vpns: Pfns) -> Places | None:
+        """Where the migration entries of some pages are, unless the reverse mapping must tell."""
+        if self.vma is None or self.elsewhere:
+            return None
+        rows = rows_of(machine, mm_root(machine, self.vma.mm), vpns)
+        return Places(self.vma.row, vpns, rows)
+
+    def faulted(self, pfns: Pfns) -> Bools:
+        """Which of ``pfns`` the CPU is faulting on."""
+        if not self.fault_pages.size:
+            return np.zeros(pfns.size, np.bool_)
+        if np.array_equal(pfns, self.fault_pages):
+            return np.ones(pfns.size, np.bool_)
+        return np.isin(pfns, self.fault_pages)
+
+    def now(self, machine: Machine) -> MigrateVma | None:
+        """A copy with the arrays as they are, for a step to carry; None where nobody listens."""
+        if not machine.observed:
+            return None
+        copied = copy.copy(self)
+        copied.src, copied.dst = self.src.copy(), self.dst.copy()
+        return copied
 
     def keep(self, which: Bools) -> None:
         """Clear MIGRATE where ``which`` is False."""
-        self.src[~which] &= ~np.uint64(MIGRATE_PFN_MIGRATE)
-        self.cpages = int(self.migrating.sum())
+        if not which.all():
+            self.src[~which] &= ~np.uint64(MIGRATE_PFN_MIGRATE)
+            self.count()
+
+    def count(self) -> None:
+        """Count the entries that have MIGRATE."""
+        self.cpages = int(np.count_nonzero(self.migrating))
 
 
 # --- several at once ------------------------------------------------------------------------------
@@ -211,20 +253,27 @@ def commuting_migrations(
     end = min([end, *(run.start for run in walk(machine, root, start, end) if run.huge)])
     words = read_range(machine, root, start, end)
     present = is_present(words)
-    zero = present & ((words & SPECIAL) != 0)
-    private = (words != 0) & ~present & is_device_private(words)
-    pfns = np.where(present, pfn_of(words), np.where(private, swap_offset_pfn(words), 0))
+    zero = present & ((words & np.uint64(SPECIAL)) != 0)
+    private = absent = ~present
+    if absent.any():
+        private = is_device_private(words)
+    pfns = named_pfn(words)
     chosen = np.zeros(words.size, np.bool_)
     if flags & SELECT_DEVICE_PRIVATE:
         chosen |= private
     if flags & (SELECT_SYSTEM | SELECT_DEVICE_COHERENT):
         chosen |= present & ~zero
-    rows = page_rows(machine, pfns)
-    alone = (machine["page.refcount"][rows] == 1) & (machine["page.mapcount"][rows] == 1)
+    rows = pfn_to_page(machine, pfns)
+    alone = machine["page.refcount"][rows] == 1
+    alone &= machine["page.mapcount"][rows] == 1
     alone &= (machine["page.flags"][rows] & np.uint32(~_USUAL & 0xFFFFFFFF)) == 0
-    alone &= (machine["page.compound"][rows] == 0) & (machine["page.swap"][rows] == 0)
-    odd = (words != 0) & ~present & ~private
-    odd |= (chosen & ~alone) | (zero & (pfns != ZERO_PFN))
+    alone &= machine["page.compound"][rows] == 0
+    alone &= machine["page.swap"][rows] == 0
+    odd = chosen & ~alone
+    if zero.any():
+        odd |= zero & (pfns != ZERO_PFN)
+    if absent.any():
+        odd |= absent & ~private & (words != 0)
     if odd.any():
         end = start + int(np.argmax(odd))
     if end - start > free_ram(machine):
@@ -280,7 +329,7 @@ def walk_page_range(machine: Machine, migrate: MigrateVma, vma: Vma) -> Routine[
             machine.called("migrate_vma_collect_hole", -(-run.stop // pages) - run.start // pages)
             part = slice(*np.searchsorted(migrate.vpns, (run.start, run.stop)))
             migrate.src[part] = MIGRATE_PFN_MIGRATE if vma.is_anonymous else 0
-            migrate.cpages = int(migrate.migrating.sum())
+            migrate.count()
             continue
         at = run.start
         while at < run.stop:  # over page tables, or all at once
@@ -322,50 +371,80 @@ def migrate_vma_collect_pmd(
     word_rows = as_rows(vpns + offset)
     words = machine["pte"][word_rows].copy()
     present = is_present(words)
-    zero = present & ((words & SPECIAL) != 0)
-    hole = (words == 0) & vma.is_anonymous
+    zero = present & ((words & np.uint64(SPECIAL)) != 0)
+    absent = hole = ~present
+    if absent.any():
+        hole = (words == 0) & vma.is_anonymous
     if migrate.flags & SELECT_SYSTEM:
         hole |= zero
-    normal = present & ~zero
-    private = is_swap_type(words) & is_device_private(words)
-    pfns = np.where(normal, pfn_of(words), np.where(private, swap_offset_pfn(words), 0))
-    rows = page_rows(machine, pfns)
-    page_flags, selected = machine["page.flags"][rows], np.zeros(vpns.size, np.bool_)
-    if migrate.flags & SELECT_SYSTEM:
-        selected |= normal & ~is_zone_device(machine, pfns)
-    owners = machine["pagemap.owner"][pagemap_of(machine, pfns)]
-    if migrate.flags & SELECT_DEVICE_COHERENT:
-        selected |= normal & is_zone_device(machine, pfns) & (owners == migrate.pgmap_owner)
-    if migrate.flags & SELECT_DEVICE_PRIVATE:
-        selected |= private & (owners == migrate.pgmap_owner)
-    selected &= ((page_flags & PG_LOCKED) == 0) & (machine["page.compound"][rows] == 0)
-    exclusive = selected & ((page_flags & PG_ANON_EXCLUSIVE) != 0)
+    pfns = named_pfn(words)
+    selected = _selected(machine, migrate, words, present & ~zero, pfns)
+    rows = pfn_to_page(machine, pfns)
+    page_flags = machine["page.flags"][rows]
+    selected &= (page_flags & np.uint32(PG_LOCKED)) == 0
+    selected &= machine["page.compound"][rows] == 0
+    exclusive = selected & ((page_flags & np.uint32(PG_ANON_EXCLUSIVE)) != 0)
     # A page that may be pinned stays exclusive, and so stays where it is.
     pinned = exclusive & (machine["page.refcount"][rows] >= GUP_PIN_COUNTING_BIAS)
     selected &= ~pinned
     exclusive &= ~pinned
-    selected &= _first_of_each(pfns, selected)
-    writable = np.where(private, swap_type(words) == SWP_DEVICE_WRITE, (words & RW) != 0)
-    src[hole] = MIGRATE_PFN_MIGRATE
-    src[selected] = migrate_pfn(pfns[selected]) | np.uint64(MIGRATE_PFN_MIGRATE)
-    src[selected & writable] |= np.uint64(MIGRATE_PFN_WRITE)
-    migrate.cpages = int(migrate.migrating.sum())
+    if not isinstance(rows, slice):
+        selected &= _first_of_each(pfns, selected)
+    writable = (words & np.uint64(RW)) != 0
+    if absent.any():
+        writable = (present & writable) | (swap_type(words) == SWP_DEVICE_WRITE)
+    if hole.any():
+        src[hole] = MIGRATE_PFN_MIGRATE
+    if machine.observed:
+        machine.called_in_turn(
+            ("flush_tlb_mm_range", present & (exclusive | pinned)),
+            ("page_remove_rmap", selected),
+        )
     if selected.any():
+        pfns, writable = some(pfns, selected), some(writable, selected)
+        at = rows_where(selected)
+        entries = migrate_pfn(pfns)
+        entries |= np.uint64(MIGRATE_PFN_MIGRATE)
+        entries |= writable.astype(np.uint64) << np.uint64(_WRITE_BIT)
+        src[at] = entries
+        if pfns.size < vpns.size:
+            word_rows = as_rows(vpns[selected] + offset)
         freeze(
             machine,
-            as_rows(vpns[selected] + offset),
-            words[selected],
-            pfns[selected],
-            writable[selected],
-            exclusive[selected],
+            word_rows,
+            some(words, selected),
+            pfns,
+            writable,
+            some(exclusive, selected),
         )
+        flush_tlb(machine, int((selected & present).any()))
+    frozen, empty = np.count_nonzero(selected), np.count_nonzero(hole)
+    migrate.cpages += int(frozen + empty)
     yield machine.step(
-        f"{int(selected.sum())} pages of {{range}} are frozen behind migration entries, "
-        f"{int(hole.sum())} are empty and may be filled.",
+        f"{frozen} pages of {{range}} are frozen behind migration entries, "
+        f"{empty} are empty and may be filled.",
         vma.mm,
         int(vpns[0]),
         int(vpns[-1]) + 1,
+        detail=migrate.now(machine),
     )
+
+
+def _selected(
+    machine: Machine, migrate: MigrateVma, words: Words, normal: Bools, pfns: Pfns
+) -> Bools:
+    """Which pages are of a kind that the migration collects; ``normal`` ones are present."""
+    selected = np.zeros(words.size, np.bool_)
+    device = is_zone_device(machine, pfns)
+    if migrate.flags & SELECT_SYSTEM:
+        selected |= normal & ~device
+    if migrate.flags & (SELECT_DEVICE_PRIVATE | SELECT_DEVICE_COHERENT) and device.any():
+        owned = of_pagemap(machine, "owner", pfns) == migrate.pgmap_owner
+        if migrate.flags & SELECT_DEVICE_COHERENT:
+            selected |= normal & device & owned
+        if migrate.flags & SELECT_DEVICE_PRIVATE:
+            selected |= is_device_private(words) & owned
+    return selected
 
 
 def _first_of_each(pfns: Pfns, among: Bools) -> Bools:
@@ -387,36 +466,44 @@ def _first_of_each(pfns: Pfns, among: Bools) -> Bools:
 def migrate_device_unmap(machine: Machine, migrate: MigrateVma) -> Routine[None]:
     """Unmap the pages everywhere else, and give up those that somebody holds."""
     lru_add_drain(machine)
-    valid = np.flatnonzero(migrate.valid)
-    if not valid.size:
+    valid = migrate.valid
+    if not valid.any():
         return
-    pfns = migrate.src_pfns[valid]
-    rows = page_rows(machine, pfns)
+    pfns = some(migrate.src_pfns, valid)
+    rows = pfn_to_page(machine, pfns)
     mapped = machine["page.mapcount"][rows] > 0
-    elsewhere = pfns[mapped]
-    keys = migrate.vpns[valid[mapped]]
-    with machine.bulk(elsewhere.size if machine.grain > 1 else 1):
-        for first, last in machine.chunks(0, elsewhere.size):
-            yield from try_to_migrate(machine, elsewhere[first:last], keys[first:last])
+    if mapped.any():
+        migrate.elsewhere = True
+        elsewhere, keys = pfns[mapped], migrate.vpns[valid][mapped]
+        with machine.bulk(elsewhere.size if machine.grain > 1 else 1):
+            for first, last in machine.chunks(0, elsewhere.size):
+                yield from try_to_migrate(machine, elsewhere[first:last], keys[first:last])
     # One reference is ours; the test is by one more generous for device memory and by one for the
     # frame of the fault.
-    extra = 1 + is_zone_device(machine, pfns) + np.isin(pfns, migrate.fault_pages)
-    extra += page_mapping(machine, pfns)
+    extra = np.ones(pfns.size, np.int32)
+    for more in (
+        is_zone_device(machine, pfns),
+        migrate.faulted(pfns),
+        page_mapping(machine, pfns, rows),
+    ):
+        extra += more
     mapcount, refcount = machine["page.mapcount"][rows], machine["page.refcount"][rows]
     refused = (mapcount > 0) | (refcount - extra > mapcount)
     if refused.any():
         back = pfns[refused]
-        migrate.src[valid[refused]] = 0
+        migrate.src[np.flatnonzero(valid)[refused]] = 0
         remove_migration_ptes(machine, back, back)
         set_flags(machine, back, off=PG_LOCKED)
         put_page(machine, back)
-    migrate.cpages = int(migrate.migrating.sum())
+        migrate.count()
     vma, vpns = migrate.vma, migrate.vpns
+    held = np.count_nonzero(refused)
     yield machine.step(
-        f"{migrate.cpages} pages of {{range}} can move, {int(refused.sum())} are held by somebody.",
+        f"Of {{range}}, {migrate.cpages} can move; held by somebody: {held}.",
         vma.mm if vma else 0,
         int(vpns[0]) if vma else 0,
         int(vpns[-1]) + 1 if vma else 0,
+        detail=migrate.now(machine),
     )
 
 
@@ -441,32 +528,41 @@ def migrate_device_pages(machine: Machine, migrate: MigrateVma) -> Routine[None]
 def _migrate_pages(machine: Machine, migrate: MigrateVma) -> Routine[None]:
     given = migrate.dst != 0
     migrate.keep(given)
-    holes = np.flatnonzero(migrate.migrating & ~migrate.valid)
-    if holes.size and migrate.vma is not None:
-        yield from _fill_holes(machine, migrate, migrate.vma, holes)
-    movers = np.flatnonzero(migrate.migrating & migrate.valid)
-    if movers.size:
-        src, dst = migrate.src_pfns[movers], migrate.dst_pfns[movers]
-        rows = page_rows(machine, src)
+    migrating, valid = migrate.migrating, migrate.valid
+    holes = migrating & ~valid
+    if holes.any() and migrate.vma is not None:
+        yield from _fill_holes(machine, migrate, migrate.vma, np.flatnonzero(holes))
+    movers = migrating & valid
+    if movers.any():
+        src, dst = some(migrate.src_pfns, movers), some(migrate.dst_pfns, movers)
+        old = pfn_to_page(machine, src)
+        cached = page_mapping(machine, src, old)
         # Exactly the references that we know of: one more than ours and it must stay.
-        expected = 1 + np.isin(src, migrate.fault_pages) + page_mapping(machine, src)
-        moves = machine["page.refcount"][rows] == expected
+        expected = np.ones(src.size, np.int32)
+        expected += migrate.faulted(src)
+        expected += cached
+        moves = machine["page.refcount"][old] == expected
         # Only private memory can live on a device.
-        moves &= ~(page_mapping(machine, src) & is_zone_device(machine, dst))
-        migrate.src[movers[~moves]] &= ~np.uint64(MIGRATE_PFN_MIGRATE)
-        old, new = rows[moves], page_rows(machine, dst[moves])
-        ksm_migrate_page(machine, src[moves], dst[moves])
+        moves &= ~(cached & is_zone_device(machine, dst))
+        if not moves.all():
+            stay = np.flatnonzero(movers)[~moves]
+            migrate.src[stay] &= ~np.uint64(MIGRATE_PFN_MIGRATE)
+            src, dst = src[moves], dst[moves]
+            old = pfn_to_page(machine, src)
+        new = pfn_to_page(machine, dst)
+        ksm_migrate_page(machine, src, dst, old)
         for column in ("mapping", "index"):
-            machine.write(f"page.{column}", as_rows(new), machine[f"page.{column}"][old])
+            machine.write(f"page.{column}", new, machine[f"page.{column}"][old])
         carried = machine["page.flags"][old] & np.uint32(~(PG_LRU | PG_ANON_EXCLUSIVE) & 0xFFFFFFFF)
-        machine.write("page.flags", as_rows(new), carried | machine["page.flags"][new])
-    migrate.cpages = int(migrate.migrating.sum())
+        machine.write("page.flags", new, carried | machine["page.flags"][new])
+    migrate.count()
     vma, vpns = migrate.vma, migrate.vpns
     yield machine.step(
         f"{migrate.cpages} pages of {{range}} have their new frames.",
         vma.mm if vma else 0,
         int(vpns[0]) if vma else 0,
         int(vpns[-1]) + 1 if vma else 0,
+        detail=migrate.now(machine),
     )
 
 
@@ -505,7 +601,12 @@ def _fill_holes(machine: Machine, migrate: MigrateVma, vma: Vma, holes: Pfns) ->
         swap_word(SWP_DEVICE_WRITE if writable else SWP_DEVICE_READ, pfns),
         present_word(pfns, prot | (DIRTY | SOFT_DIRTY | RW if writable else 0)),
     )
-    page_add_new_anon_rmap(machine, pfns, vma, vpns[holes])
+    machine.called_in_turn(
+        ("page_add_new_anon_rmap", np.ones(pfns.size, np.bool_)),
+        ("flush_tlb_mm_range", zero[free]),
+        ("__mmu_notifier_invalidate_range", zero[free]),  # who migrates has subscribed
+    )
+    page_add_new_anon_rmap(machine, pfns, vma, vpns[holes], noted=True)
     get_page(machine, pfns)
     machine.write("pte", as_rows(rows), entries)
     yield from invalidate_range_end(machine, range)
@@ -527,39 +628,50 @@ def migrate_device_finalize(machine: Machine, migrate: MigrateVma) -> Routine[No
 
 
 def _finalize(machine: Machine, migrate: MigrateVma) -> Routine[None]:
-    src, dst = migrate.src_pfns, migrate.dst_pfns
-    moved = migrate.valid & migrate.migrating & (dst != 0)
-    busy = np.flatnonzero(migrate.valid | (dst != 0))
-    for first, last in machine.chunks(0, busy.size):
-        part = busy[first:last]
-        _finalize_pages(machine, src[part], dst[part], migrate.valid[part], moved[part])
+    src, dst, valid = migrate.src_pfns, migrate.dst_pfns, migrate.valid
+    moved = valid & migrate.migrating & (dst != 0)
+    busy = valid | (dst != 0)
+    pages = [some(array, busy) for array in (migrate.vpns, src, dst, valid, moved)]
+    for first, last in machine.chunks(0, pages[0].size):
+        _finalize_pages(machine, migrate, *(array[first:last] for array in pages))
     vma, vpns = migrate.vma, migrate.vpns
     yield machine.step(
-        "The migration entries of {range} are gone: "
-        f"{int(moved.sum())} pages point to their new frames, "
-        f"{int((migrate.valid & ~moved).sum())} to their old ones.",
+        f"The migration entries of {{range}} are gone: {np.count_nonzero(moved)} moved, "
+        f"{np.count_nonzero(valid & ~moved)} did not.",
         vma.mm if vma else 0,
         int(vpns[0]) if vma else 0,
         int(vpns[-1]) + 1 if vma else 0,
+        detail=migrate.now(machine),
     )
 
 
-def _finalize_pages(machine: Machine, src: Pfns, dst: Pfns, valid: Bools, moved: Bools) -> None:
+def _finalize_pages(
+    machine: Machine,
+    migrate: MigrateVma,
+    vpns: Pfns,
+    src: Pfns,
+    dst: Pfns,
+    valid: Bools,
+    moved: Bools,
+) -> None:
     unused = (dst != 0) & ~moved
     if unused.any():  # filled holes keep their page through its own reference
         set_flags(machine, dst[unused], off=PG_LOCKED)
         put_page(machine, dst[unused])
     if valid.any():
-        old, new = src[valid], np.where(moved, dst, src)[valid]
+        old, new = some(src, valid), some(dst if moved.all() else np.where(moved, dst, src), valid)
         system = ~is_zone_device(machine, new)
         if system.any():
-            set_flags(machine, new[system], PG_LRU)
-        remove_migration_ptes(machine, old, new)
-        set_flags(machine, old, off=PG_LOCKED)
-        put_page(machine, old)
+            set_flags(machine, some(new, system), PG_LRU)
+        remove_migration_ptes(machine, old, new, migrate.places(machine, some(vpns, valid)))
+        rows = pfn_to_page(machine, old)
+        set_flags(machine, old, off=PG_LOCKED, rows=rows)
+        put_page(machine, old, rows)
     if moved.any():
-        set_flags(machine, dst[moved], off=PG_LOCKED)
-        put_page(machine, dst[moved])
+        new = some(dst, moved)
+        rows = pfn_to_page(machine, new)
+        set_flags(machine, new, off=PG_LOCKED, rows=rows)
+        put_page(machine, new, rows)
 
 
 # --- eviction -------------------------------------------------------------------------------------
@@ -580,6 +692,7 @@ def migrate_device_range(machine: Machine, pfns: Pfns, owner: int) -> Routine[Mi
         get_page(machine, frames)
         set_flags(machine, frames, PG_LOCKED)
         migrate.src[usable] = migrate_pfn(frames) | np.uint64(MIGRATE_PFN_MIGRATE)
+        migrate.count()
     yield from migrate_device_unmap(machine, migrate)
     return migrate
 
@@ -591,6 +704,7 @@ def migrate_device_coherent_pages(machine: Machine, pfns: Pfns) -> Routine[None]
     get_page(machine, pfns)
     set_flags(machine, pfns, PG_LOCKED)
     migrate.src[:] = migrate_pfn(pfns) | np.uint64(MIGRATE_PFN_MIGRATE)
+    migrate.count()
     with machine.bulk(pfns.size):
         yield from migrate_device_unmap(machine, migrate)
     wanted = np.flatnonzero(migrate.migrating)

@@ -9,7 +9,10 @@ Source: mm/rmap.c (``try_to_migrate_one``), mm/migrate.c (``remove_migration_pte
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
+from numpy.typing import NDArray
 
 from hmmlab.model.entry import (
     ACCESSED,
@@ -18,10 +21,7 @@ from hmmlab.model.entry import (
     SOFT_DIRTY,
     SWP_DEVICE_READ,
     SWP_DEVICE_WRITE,
-    SWP_MIG_DIRTY,
-    SWP_MIG_YOUNG,
     SWP_MIGRATION_READ,
-    SWP_MIGRATION_READ_EXCLUSIVE,
     SWP_MIGRATION_WRITE,
     SWP_SOFT_DIRTY,
     Bools,
@@ -30,8 +30,10 @@ from hmmlab.model.entry import (
     is_migration,
     is_present,
     is_swap_type,
+    migration_marks,
+    migration_word,
     present_word,
-    swap_offset,
+    swap_offset_pfn,
     swap_type,
     swap_word,
 )
@@ -55,6 +57,7 @@ from hmmlab.model.page import (
     get_page,
     is_device_private_page,
     page_rows,
+    pfn_to_page,
     put_page,
     set_flags,
 )
@@ -65,41 +68,31 @@ from hmmlab.model.rmap import (
     page_remove_rmap,
     rmap_walk,
 )
-from hmmlab.model.state import unique_rows
+from hmmlab.model.state import Rows, row_numbers, unique_rows
+from hmmlab.model.tlb import pte_accessible
 
-__all__ = ["freeze", "remove_migration_ptes", "split_huge_page", "try_to_migrate"]
+__all__ = ["Places", "freeze", "remove_migration_ptes", "split_huge_page", "try_to_migrate"]
 
 
 def freeze(
     machine: Machine,
-    word_rows: Pfns | slice | int,
+    word_rows: Rows,
     words: Words,
     pfns: Pfns,
     writable: Bools,
     exclusive: Bools,
 ) -> None:
-    """Replace entries by migration entries; what they held, the migration holds from now on."""
-    present = is_present(words)
-    dirty = present & ((words & DIRTY) != 0)
-    young = present & ((words & ACCESSED) != 0)
-    soft_dirty = np.where(present, (words & SOFT_DIRTY) != 0, (words & SWP_SOFT_DIRTY) != 0)
-    kind = np.where(
-        writable,
-        SWP_MIGRATION_WRITE,
-        np.where(exclusive, SWP_MIGRATION_READ_EXCLUSIVE, SWP_MIGRATION_READ),
-    )
-    offset = pfns + np.where(young, SWP_MIG_YOUNG, 0) + np.where(dirty, SWP_MIG_DIRTY, 0)
-    entries = swap_word(kind, offset) | np.where(
-        soft_dirty, np.uint64(SWP_SOFT_DIRTY), np.uint64(0)
-    )
-    rows = as_rows(page_rows(machine, pfns))
-    flags = machine["page.flags"][rows] | np.uint32(PG_LOCKED)
-    flags = np.where(dirty, flags | np.uint32(PG_DIRTY), flags) & np.uint32(
-        ~PG_ANON_EXCLUSIVE & 0xFFFFFFFF
-    )
+    """Replace entries by migration entries; what they held, the migration holds from now on.
+
+    The caller notes the calls of ``page_remove_rmap``, among others.
+    """
+    rows = pfn_to_page(machine, pfns)
+    flags = machine["page.flags"][rows] & np.uint32(~PG_ANON_EXCLUSIVE & 0xFFFFFFFF)
+    flags |= np.uint32(PG_LOCKED)
+    flags |= ((words & np.uint64(DIRTY)) >> _PAGE_DIRTY_SHIFT).astype(np.uint32)
     machine.write("page.flags", rows, flags)
-    machine.write("pte", word_rows, entries)
-    page_remove_rmap(machine, pfns)
+    machine.write("pte", word_rows, migration_word(words, pfns, writable, exclusive))
+    page_remove_rmap(machine, pfns, noted=True, rows=rows)
 
 
 @kernel("mm/rmap.c")
@@ -112,13 +105,12 @@ def try_to_migrate(
     be mapped nowhere any more. ``order`` says in which iteration of the caller's loop each page is;
     a ``huge`` page has one CLEAR in each mapping.
     """
-    machine.called("try_to_migrate", pfns.size - 1, up=1)
+    machine.called("try_to_migrate", 0 if huge else pfns.size - 1, up=1)
     found = rmap_walk(machine, pfns)
     words = machine["pte"][np.maximum(found.row, 0)]
     frozen = is_swap_type(words) & is_migration(words)
     found = found._replace(maps=found.maps & ~frozen).until_unmapped()
-    for vma_row in dict.fromkeys(found.vma.tolist()):
-        place = found.only(found.vma == vma_row)
+    for vma_row, place in found.by_vma():
         mm = int(machine["vma.mm"][vma_row])
         range = MmuNotifierRange.each(
             mm, Event.CLEAR, place.vpn, vma=vma_row, order=order[place.which]
@@ -127,11 +119,11 @@ def try_to_migrate(
             low, high = int(place.vpn.min()), int(place.vpn.max()) + 1
             range = MmuNotifierRange.one(mm, Event.CLEAR, low, high, vma=vma_row, order=order[:1])
         yield from invalidate_range_start(machine, range)
-        _freeze_mapped(machine, pfns, place)
+        _freeze_mapped(machine, pfns, place, huge=huge)
         yield from invalidate_range_end(machine, range)
 
 
-def _freeze_mapped(machine: Machine, pfns: Pfns, place: Mappings) -> None:
+def _freeze_mapped(machine: Machine, pfns: Pfns, place: Mappings, *, huge: bool = False) -> None:
     """Freeze the words in one mapping that map some of ``pfns``, and drop their references."""
     mapped = place.only(place.maps)
     if not mapped.which.size:
@@ -141,51 +133,102 @@ def _freeze_mapped(machine: Machine, pfns: Pfns, place: Mappings) -> None:
         is_present(entries), (entries & RW) != 0, swap_type(entries) == SWP_DEVICE_WRITE
     )
     exclusive = (machine["page.flags"][page_rows(machine, frames)] & PG_ANON_EXCLUSIVE) != 0
+    calls = 1 if huge else frames.size  # the words of a huge page are one
+    machine.called_in_turn(
+        ("flush_tlb_mm_range", pte_accessible(entries)[:calls]),
+        ("page_remove_rmap", np.ones(calls, np.bool_)),
+    )
     freeze(machine, mapped.row, entries, frames, writable, exclusive)
     put_page(machine, frames)
 
 
-def remove_migration_ptes(machine: Machine, old: Pfns, new: Pfns) -> None:
+#: From the bit PG_DIRTY to the bit DIRTY of a word, and on to SOFT_DIRTY; from True to RW.
+_PAGE_DIRTY_SHIFT = np.uint64(DIRTY.bit_length() - PG_DIRTY.bit_length())
+_SOFT_DIRTY_SHIFT = np.uint64(SOFT_DIRTY.bit_length() - DIRTY.bit_length())
+_RW_SHIFT = np.uint64(RW.bit_length() - 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Places:
+    """Where some pages are mapped, each at one place of one mapping.
+
+    ``vma`` is the row of the mapping, ``vpns`` the page numbers, ``rows`` the rows of their words.
+    """
+
+    vma: int
+    vpns: Pfns
+    rows: Rows
+
+
+def remove_migration_ptes(
+    machine: Machine, old: Pfns, new: Pfns, places: Places | None = None
+) -> None:
     """Let every migration entry of ``old`` map ``new`` instead, with the mapping's rights of now.
 
-    Writable only where the entry was and the mapping is; old unless it was young before.
+    Writable only where the entry was and the mapping is; old unless it was young before. Who has
+    frozen the only entry of each page says at which ``places``; all others ask the reverse mapping.
     """
     machine.called("remove_migration_ptes", old.size)
+    if places is not None:
+        _thaw(machine, places, old, new)
+        return
     found = rmap_walk(machine, old)
     found = found.only(found.maps)
-    entries = machine["pte"][found.row]
-    frozen = is_swap_type(entries) & is_migration(entries)
-    found, entries = found.only(frozen), entries[frozen]
     for vma_row in unique_rows(found.vma).tolist():
-        mine = found.vma == vma_row
-        frames = new[found.which[mine]]
-        vma, place = vma_at(machine, vma_row), found.only(mine)
-        _thaw(machine, vma, place.vpn, place.row, entries[mine], frames)
+        place = found.only(found.vma == vma_row)
+        places = Places(vma_row, place.vpn, as_rows(place.row))
+        _thaw(machine, places, old[place.which], new[place.which])
 
 
-def _thaw(machine: Machine, vma: Vma, vpns: Pfns, rows: Pfns, entries: Words, pfns: Pfns) -> None:
-    offsets, kind = swap_offset(entries), swap_type(entries)
+def _thaw(machine: Machine, places: Places, old: Pfns, new: Pfns) -> None:
+    """Let words map ``new`` where they are migration entries of ``old``."""
+    word_rows = places.rows
+    entries = machine["pte"][word_rows].copy()
+    frozen = swap_offset_pfn(entries) == old
+    frozen &= is_migration(entries)
+    if not frozen.any():
+        return
+    pfns, vpns = new, places.vpns
+    if not frozen.all():
+        entries, pfns, vpns = entries[frozen], pfns[frozen], vpns[frozen]
+        word_rows = as_rows(row_numbers(word_rows)[frozen])
+    rows = pfn_to_page(machine, pfns)
+    vma = vma_at(machine, places.vma)
+    kind = swap_type(entries)
     exclusive = kind != SWP_MIGRATION_READ
     writable = (kind == SWP_MIGRATION_WRITE) & bool(vma.flags & VM_WRITE)
-    soft_dirty = (entries & np.uint64(SWP_SOFT_DIRTY)) != 0
-    frame_flags = machine["page.flags"][page_rows(machine, pfns)]
-    dirty = ((offsets & SWP_MIG_DIRTY) != 0) & ((frame_flags & PG_DIRTY) != 0)
-    words = present_word(pfns, vm_page_prot(vma.flags))
-    words = np.where((offsets & SWP_MIG_YOUNG) != 0, words, words & ~np.uint64(ACCESSED))
-    words = np.where(writable, words | np.uint64(RW), words & ~np.uint64(RW))
-    words = np.where(dirty, words | np.uint64(DIRTY | SOFT_DIRTY), words)
-    words = np.where(soft_dirty, words | np.uint64(SOFT_DIRTY), words)
-    device = swap_word(np.where(writable, SWP_DEVICE_WRITE, SWP_DEVICE_READ), pfns)
-    device = np.where(soft_dirty, device | np.uint64(SWP_SOFT_DIRTY), device)
-    get_page(machine, pfns)
-    anon = (frame_flags & PG_ANON) != 0
-    if anon.any():
+    flags = machine["page.flags"][rows]
+    device = is_device_private_page(machine, pfns)
+    if not device.all():
+        words = _mapping_word(vma, pfns, writable, entries, flags)
+    if device.any():
+        kind = SWP_DEVICE_READ - writable.view(np.uint8) * (SWP_DEVICE_READ - SWP_DEVICE_WRITE)
+        named = swap_word(kind, pfns) | (entries & np.uint64(SWP_SOFT_DIRTY))
+        words = named if device.all() else np.where(device, named, words)
+    anon = (flags & np.uint32(PG_ANON)) != 0
+    get_page(machine, pfns, rows)
+    if anon.all():
+        page_add_anon_rmap(machine, pfns, vma, vpns, exclusive, rows)
+    else:
         page_add_anon_rmap(machine, pfns[anon], vma, vpns[anon], exclusive[anon])
-    if not anon.all():
         page_add_file_rmap(machine, pfns[~anon])
-    machine.write(
-        "pte", as_rows(rows), np.where(is_device_private_page(machine, pfns), device, words)
-    )
+    machine.write("pte", word_rows, words)
+
+
+def _mapping_word(
+    vma: Vma, pfns: Pfns, writable: Bools, entries: Words, flags: NDArray[np.uint32]
+) -> Words:
+    """Present words in place of migration entries; dirty only where the page still is."""
+    prot = vm_page_prot(vma.flags)
+    marks = migration_marks(entries)
+    dirty = (flags & np.uint32(PG_DIRTY)).astype(np.uint64) << _PAGE_DIRTY_SHIFT
+    dirty &= marks
+    words = present_word(pfns, prot & ~(ACCESSED | RW))
+    words |= marks & np.uint64((prot & ACCESSED) | SOFT_DIRTY)
+    words |= dirty
+    words |= dirty << _SOFT_DIRTY_SHIFT
+    words |= writable.astype(np.uint64) << _RW_SHIFT
+    return words
 
 
 # --- splitting huge pages -------------------------------------------------------------------------

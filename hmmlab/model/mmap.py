@@ -59,6 +59,7 @@ from hmmlab.model.page import alloc_pages
 from hmmlab.model.page_table import alloc_tables, free_pgtables, rows_of_range
 from hmmlab.model.rmap import page_add_file_rmap
 from hmmlab.model.state import State
+from hmmlab.model.tlb import MmuGather
 
 __all__ = [
     "close_unmapped_files",
@@ -158,9 +159,11 @@ def _map_hugetlb(machine: Machine, mm: int, start: int, stop: int, flags: int) -
     """A mapping of huge pages, which are all reserved now."""
     reservation = hugetlb_reserve_pages(machine, stop - start)
     if not reservation:  # what the mapping might hold is taken away again
-        range = MmuNotifierRange.one(mm, Event.UNMAP, start, stop)
-        yield from invalidate_range_start(machine, range)
-        yield from invalidate_range_end(machine, range)
+        lru_add_drain(machine)
+        tlb = MmuGather(machine, mm)
+        yield from unmap_vmas(machine, tlb, mm, [], start, stop)
+        machine.called("free_pgtables")
+        tlb.finish()
         raise KernelError(_ENOMEM, "the pool has not so many huge pages left")
     file = new_file(machine, stop - start)
     vma = new_vma(machine, mm, start, stop, flags, 0, file)
@@ -217,9 +220,10 @@ def do_munmap(machine: Machine, mm: int, start: int, stop: int) -> Routine[None]
     above, _ = find_vma_prev(machine, mm, doomed[-1].end)
     _, below = find_vma_prev(machine, mm, doomed[0].start)
     lru_add_drain(machine)
-    yield from unmap_vmas(machine, mm, doomed, start, stop)
+    tlb = MmuGather(machine, mm)
+    yield from unmap_vmas(machine, tlb, mm, doomed, start, stop)
     machine.called("free_pgtables")
-    free_pgtables(
+    tables = free_pgtables(
         machine,
         mm_root(machine, mm),
         doomed[0].start,
@@ -227,6 +231,8 @@ def do_munmap(machine: Machine, mm: int, start: int, stop: int) -> Routine[None]
         below.end if below else 0,
         above.start if above else USER_VPN_END,
     )
+    tlb.remove_tables(tables)
+    tlb.finish()
     for vma in doomed:
         hugetlb_vm_op_close(machine, vma)
         remove_vma(machine, vma)
@@ -239,9 +245,13 @@ def exit_mmap(machine: Machine, mm: int) -> Routine[None]:
     yield from mmu_notifier_release(machine, mm)
     lru_add_drain(machine)
     doomed = list(vmas_of(machine, mm))
+    tlb = MmuGather(machine, mm)
     if doomed:
-        yield from unmap_vmas(machine, mm, doomed, 0, EVERYTHING)
-    free_pgtables(machine, mm_root(machine, mm), 0, USER_VPN_END, 0, USER_VPN_END)
+        yield from unmap_vmas(machine, tlb, mm, doomed, 0, EVERYTHING)
+    machine.called("free_pgtables")
+    tables = free_pgtables(machine, mm_root(machine, mm), 0, USER_VPN_END, 0, USER_VPN_END)
+    tlb.remove_tables(tables)
+    tlb.finish()
     for vma in doomed:
         hugetlb_vm_op_close(machine, vma)
         remove_vma(machine, vma)
@@ -251,13 +261,15 @@ def exit_mmap(machine: Machine, mm: int) -> Routine[None]:
 
 @kernel("mm/memory.c")
 def unmap_vmas(
-    machine: Machine, mm: int, doomed: list[Vma], start: int, stop: int
+    machine: Machine, tlb: MmuGather, mm: int, doomed: list[Vma], start: int, stop: int
 ) -> Routine[None]:
     """Empty several mappings inside one UNMAP of the whole range."""
-    range = MmuNotifierRange.one(mm, Event.UNMAP, start, stop, vma=doomed[0].row)
+    first_row = doomed[0].row if doomed else 0
+    range = MmuNotifierRange.one(mm, Event.UNMAP, start, stop, vma=first_row)
     yield from invalidate_range_start(machine, range)
     for vma in doomed:
-        yield from unmap_single_vma(machine, vma, max(vma.start, start), min(vma.end, stop))
+        first, last = max(vma.start, start), min(vma.end, stop)
+        yield from unmap_single_vma(machine, tlb, vma, first, last)
     yield from invalidate_range_end(machine, range)
 
 

@@ -50,6 +50,8 @@ EVERYTHING = 1 << 52
 
 _FIRST_SEQ = 2
 
+_EAGAIN = 11
+
 Machine.declare("mm.has_notifiers", np.int32, "1 once anybody ever subscribed to the mm")
 Machine.declare("mm.invalidate_seq", np.int64, "sequence number; odd while a hit is being made")
 Machine.declare("mm.active_invalidations", np.int32, "starts that have no end yet")
@@ -144,13 +146,15 @@ class IntervalSubscriber(Protocol):
 
 
 class Subscriber(Protocol):
-    """A classic notifier (``struct mmu_notifier_ops``); both methods may be generators."""
+    """A classic notifier (``struct mmu_notifier_ops``); its methods may be generators.
+
+    ``invalidate_range_end(range)``, when a change is over, may be there too. The kernel warns of
+    who may refuse a start and has an end: nobody can tell it whether its end belongs to a start.
+    Who has ``unpaired`` True hears no end after a refusal, as in kernels before 5.12.
+    """
 
     def invalidate_range_start(self, range: MmuNotifierRange) -> Any:
-        """A change of one range begins."""
-
-    def invalidate_range_end(self, range: MmuNotifierRange) -> Any:
-        """It is over."""
+        """A change of one range begins. -EAGAIN where it would have to sleep and may not."""
 
 
 def mm_has_notifiers(state: State, mm: int) -> bool:
@@ -204,9 +208,30 @@ def invalidate_range_end(machine: Machine, range: MmuNotifierRange) -> Routine[N
 @kernel("mm/mmu_notifier.c", "__mmu_notifier_invalidate_range_start")
 def _range_start(machine: Machine, range: MmuNotifierRange) -> Routine[None]:
     yield from _hit_intervals(machine, range)
+    refused = False
     for row in np.flatnonzero(machine["notifier.mm"] == range.mm).tolist():
         for single in _singles(range):
-            yield from _maybe(machine.objects["notifier"][row].invalidate_range_start(single))
+            answer = yield from _maybe(
+                machine.objects["notifier"][row].invalidate_range_start(single)
+            )
+            refused |= bool(answer) and not range.blockable
+    if refused:
+        # All have been called, and those that did start expect an end. The intervals get none: as
+        # in the kernel, the count of running changes stays one too high, for a process that dies.
+        yield from _end_classic(machine, range, refused=True)
+        raise KernelError(_EAGAIN, "a notifier cannot sleep now")
+
+
+def _end_classic(
+    machine: Machine, range: MmuNotifierRange, *, refused: bool = False
+) -> Routine[None]:
+    for row in np.flatnonzero(machine["notifier.mm"] == range.mm).tolist():
+        subscriber = machine.objects["notifier"][row]
+        end = getattr(subscriber, "invalidate_range_end", None)
+        if end is None or (refused and getattr(subscriber, "unpaired", False)):
+            continue
+        for single in _singles(range):
+            yield from _maybe(end(single))
 
 
 def _hit_intervals(machine: Machine, range: MmuNotifierRange) -> Routine[None]:
@@ -235,7 +260,7 @@ def _hit_intervals(machine: Machine, range: MmuNotifierRange) -> Routine[None]:
             )
     if refused:
         _interval_end(machine, mm)
-        raise KernelError(11, "a subscriber cannot sleep now")
+        raise KernelError(_EAGAIN, "a subscriber cannot sleep now")
     yield machine.step(
         _start_sentence(range, sum(bool(mine.any()) for mine in hits.values())),
         mm,
@@ -248,9 +273,7 @@ def _hit_intervals(machine: Machine, range: MmuNotifierRange) -> Routine[None]:
 @kernel("mm/mmu_notifier.c", "__mmu_notifier_invalidate_range_end")
 def _range_end(machine: Machine, range: MmuNotifierRange) -> Routine[None]:
     _interval_end(machine, range.mm)
-    for row in np.flatnonzero(machine["notifier.mm"] == range.mm).tolist():
-        for single in _singles(range):
-            yield from _maybe(machine.objects["notifier"][row].invalidate_range_end(single))
+    yield from _end_classic(machine, range)
     yield machine.step(
         "{range}: the change is over, and who was told may look again.",
         range.mm,
@@ -365,8 +388,17 @@ def _drop(machine: Machine, subscription: int) -> None:
 
 @kernel("mm/mmu_notifier.c")
 def mmu_interval_read_begin(machine: Machine, subscription: int) -> Routine[int]:
-    """Sequence number to look under; waits while the subscription is being hit."""
-    mm = int(machine["interval.mm"][subscription])
+    """Sequence number to look under; waits while the subscription is being hit.
+
+    Raises
+    ------
+    ValueError
+        When there is no such subscription, or no longer.
+    """
+    known = 0 < subscription < machine["interval.mm"].size
+    mm = int(machine["interval.mm"][subscription]) if known else 0
+    if not mm:
+        raise ValueError(f"subscription {subscription} is not there: it was removed or never made")
     seq = int(machine["interval.seq"][subscription])
     while seq == machine["mm.invalidate_seq"][mm]:
         yield machine.step("It waits until the invalidation ends.", mm, lock="invalidate_seq")

@@ -11,11 +11,13 @@ from numpy.typing import NDArray
 from hmmlab.model.entry import SPECIAL, Bools, Pfns, is_present, pfn_of
 from hmmlab.model.filemap import replace_in_cache
 from hmmlab.model.hugetlb import is_hugetlb, replace_huge_page
+from hmmlab.model.lru import lru_add_drain
 from hmmlab.model.machine import Machine, Routine, kernel
 from hmmlab.model.migration import remove_migration_ptes, try_to_migrate
 from hmmlab.model.mm_types import mm_lock, mm_root, vmas_in
 from hmmlab.model.page import (
     PG_ANON_EXCLUSIVE,
+    PG_LOCKED,
     PG_LRU,
     alloc_huge_pages,
     alloc_pages,
@@ -27,6 +29,7 @@ from hmmlab.model.page import (
     page_mapping,
     page_rows,
     put_page,
+    set_flags,
 )
 from hmmlab.model.page_table import read_range
 from hmmlab.model.rmap import ksm_migrate_page
@@ -52,6 +55,7 @@ def sys_move_pages(
     node where it is, or minus the errno; 0 where nothing was written.
     """
     status = np.zeros(stop - start, np.int64)
+    lru_add_drain(machine, 0)  # lru_cache_disable: nothing waits in a batch meanwhile
     lock = mm_lock(machine, mm)
     yield from machine.down_read(lock)
     try:
@@ -134,8 +138,8 @@ def _move_small(machine: Machine, pfns: Pfns, vpns: Pfns, node: int) -> Routine[
     yield from try_to_migrate(machine, pfns, vpns)
     held = _held(machine, pfns)
     new = alloc_pages(machine, int((~held).sum()), node)
-    _take_over(machine, pfns[~held], new, vpns[~held])
-    remove_migration_ptes(machine, pfns[held], pfns[held])
+    _take_over(machine, pfns[~held], new, vpns[~held], drains=new.size)
+    _put_back(machine, pfns[held])
     put_page(machine, pfns)
     return held
 
@@ -147,13 +151,13 @@ def _move_huge(machine: Machine, head: int, vpn: int, node: int) -> Routine[bool
     get_page(machine, pfns)
     yield from try_to_migrate(machine, pfns, np.full(pfns.size, vpn), huge=True)
     if _held(machine, pfns, int(of_pool)).any():
-        remove_migration_ptes(machine, pfns, pfns)
+        _put_back(machine, pfns)
         put_page(machine, pfns)
         return True
     if of_pool:
         new_head = replace_huge_page(machine, head, node)
         if not new_head:
-            remove_migration_ptes(machine, pfns, pfns)
+            _put_back(machine, pfns)
             put_page(machine, pfns)
             return True
         frames = frames_of(np.array([new_head]))
@@ -161,7 +165,7 @@ def _move_huge(machine: Machine, head: int, vpn: int, node: int) -> Routine[bool
         frames = frames_of(alloc_huge_pages(machine, 1, node))
     new = frames[pfns - head]
     put_page(machine, np.delete(frames, pfns - head))  # in place of those that are gone already
-    _take_over(machine, pfns, new, np.full(pfns.size, vpn))
+    _take_over(machine, pfns, new, np.full(pfns.size, vpn), drains=int(not of_pool))
     put_page(machine, pfns)
     return False
 
@@ -171,7 +175,13 @@ def _held(machine: Machine, pfns: Pfns, known: int = 0) -> Bools:
     return machine["page.refcount"][pfns] > 1 + known + page_mapping(machine, pfns)
 
 
-def _take_over(machine: Machine, old: Pfns, new: Pfns, vpns: Pfns) -> None:
+def _put_back(machine: Machine, pfns: Pfns) -> None:
+    """Let frames stay where they were."""
+    remove_migration_ptes(machine, pfns, pfns)
+    set_flags(machine, pfns, off=PG_LOCKED)
+
+
+def _take_over(machine: Machine, old: Pfns, new: Pfns, vpns: Pfns, *, drains: int) -> None:
     """Let new frames, which have one reference each, be what the old ones were."""
     if not old.size:
         return
@@ -179,11 +189,14 @@ def _take_over(machine: Machine, old: Pfns, new: Pfns, vpns: Pfns) -> None:
     for column in ("content", "mapping", "index"):
         machine.write(f"page.{column}", rows, machine[f"page.{column}"][old])
     flags = machine["page.flags"][old]
-    machine.write("page.flags", rows, flags & np.uint32(~PG_ANON_EXCLUSIVE & 0xFFFFFFFF))
+    carried = np.uint32(~(PG_ANON_EXCLUSIVE | PG_LOCKED) & 0xFFFFFFFF)
+    machine.write("page.flags", rows, flags & carried)
     ksm_migrate_page(machine, old, new)
     in_cache = page_mapping(machine, old)
     swapped = machine["page.swap"][old] != 0
     replace_in_swap_cache(machine, old[swapped], new[swapped])
     replace_in_cache(machine, old[in_cache & ~swapped], new[in_cache & ~swapped])
+    if drains:
+        lru_add_drain(machine, drains)
     remove_migration_ptes(machine, old, new)
     put_page(machine, new)

@@ -62,6 +62,7 @@ from hmmlab.model.mmu_notifier import (
 )
 from hmmlab.model.page import PG_ANON_EXCLUSIVE, page_rows
 from hmmlab.model.page_table import populated_pmds, walk
+from hmmlab.model.tlb import MmuGather, pte_accessible
 
 __all__ = ["sys_mprotect"]
 
@@ -83,30 +84,57 @@ def sys_mprotect(machine: Machine, mm: int, start: int, stop: int, prot: str) ->
     lock = mm_lock(machine, mm)
     yield from machine.down_write(lock)
     try:
-        at = start
         vma, prev = find_vma_prev(machine, mm, start)
-        if vma and vma.start < start:
-            prev = vma
-        while True:
-            if vma is None or vma.start > at:
-                place = machine.names.place(mm, at, at + 1)
-                raise KernelError(_ENOMEM, f"{place} is not mapped")
-            end = min(vma.end, stop)
-            flags = (vma.flags & ~VM_ACCESS_FLAGS) | access
-            prev = yield from mprotect_fixup(machine, vma, prev, at, end, flags)
-            at = max(end, prev.end)
-            if at >= stop:
-                return
-            vma = find_vma(machine, mm, prev.end)
-            if vma and vma.start != at:
-                vma = None
+        if vma is None or vma.start > start:
+            raise _not_mapped(machine, mm, start)
+        tlb = MmuGather(machine, mm)
+        try:
+            yield from _fixup_each(machine, tlb, vma, prev, start, stop, access)
+        finally:
+            tlb.finish()
     finally:
         machine.up_write(lock)
 
 
+def _fixup_each(
+    machine: Machine,
+    tlb: MmuGather,
+    vma: Vma | None,
+    prev: Vma | None,
+    start: int,
+    stop: int,
+    access: int,
+) -> Routine[None]:
+    """Change mapping after mapping, from ``vma`` on."""
+    at = start
+    if vma and vma.start < start:
+        prev = vma
+    while vma:
+        end = min(vma.end, stop)
+        flags = (vma.flags & ~VM_ACCESS_FLAGS) | access
+        prev = yield from mprotect_fixup(machine, tlb, vma, prev, at, end, flags)
+        at = max(end, prev.end)
+        if at >= stop:
+            return
+        mm = vma.mm
+        vma = find_vma(machine, mm, prev.end)
+        if vma is None or vma.start != at:
+            raise _not_mapped(machine, mm, at)
+
+
+def _not_mapped(machine: Machine, mm: int, vpn: int) -> KernelError:
+    return KernelError(_ENOMEM, f"{machine.names.place(mm, vpn, vpn + 1)} is not mapped")
+
+
 @kernel("mm/mprotect.c")
 def mprotect_fixup(
-    machine: Machine, vma: Vma, prev: Vma | None, start: int, stop: int, flags: int
+    machine: Machine,
+    tlb: MmuGather,
+    vma: Vma,
+    prev: Vma | None,
+    start: int,
+    stop: int,
+    flags: int,
 ) -> Routine[Vma]:
     """Change the part of one mapping; returns the mapping that holds the part now."""
     if flags == vma.flags:
@@ -115,9 +143,12 @@ def mprotect_fixup(
         VM_ACCOUNT | VM_WRITE | VM_HUGETLB | VM_SHARED | VM_NORESERVE
     ):
         flags |= VM_ACCOUNT  # promised memory stays promised, so this bit never goes again
-    old = vma.flags
+    old, flags_before = vma.flags, machine["vma.flags"].copy()
     vma = yield from change_vma_flags(machine, vma, prev, start, stop, flags)
-    yield from change_protection(machine, vma, start, stop)
+    try_writable = bool(flags & VM_WRITE)
+    if flags & VM_SHARED:  # whoever holds the part now is asked with the protection it had before
+        try_writable = _wants_writenotify(flags, int(flags_before[vma.row]) or old)
+    yield from change_protection(machine, tlb, vma, start, stop, try_writable)
     if old & (VM_WRITE | VM_SHARED | VM_LOCKED) == VM_LOCKED and flags & VM_WRITE:
         with contextlib.suppress(KernelError):  # locked pages break COW now, not later
             yield from populate_vma_page_range(machine, vma, start, stop)
@@ -126,8 +157,13 @@ def mprotect_fixup(
 
 
 @kernel("mm/mprotect.c")
-def change_protection(machine: Machine, vma: Vma, start: int, stop: int) -> Routine[None]:
-    """Change the words of a mapping: one PROTECTION_VMA for each 1 GiB run that has a table."""
+def change_protection(
+    machine: Machine, tlb: MmuGather, vma: Vma, start: int, stop: int, try_writable: bool
+) -> Routine[None]:
+    """Change the words of a mapping: one PROTECTION_VMA for each 1 GiB run that has a table.
+
+    ``try_writable`` asks of every word whether it may be written at once.
+    """
     if vma.flags & VM_HUGETLB:
         yield from hugetlb_change_protection(machine, vma, start, stop)
         return
@@ -144,8 +180,10 @@ def change_protection(machine: Machine, vma: Vma, start: int, stop: int) -> Rout
             for row in np.arange(run.row, end, BLOCK).tolist():  # over blocks
                 rows = slice(row, min(row + BLOCK, end))
                 words = machine["pte"][rows].copy()
-                protected = _protected(machine, vma, words, huge=run.huge)
-                changed += int(np.count_nonzero(protected != words))
+                protected = _protected(machine, vma, words, try_writable and not run.huge)
+                differ = protected != words
+                changed += int(np.count_nonzero(differ))
+                tlb.cleared |= bool((differ & pte_accessible(words)).any())
                 machine.write("pte", rows, protected)
         yield machine.step(
             f"{{range}}: {changed} words have the rights of {vma.permissions} now.",
@@ -156,7 +194,16 @@ def change_protection(machine: Machine, vma: Vma, start: int, stop: int) -> Rout
         yield from invalidate_range_end(machine, range)
 
 
-def _protected(machine: Machine, vma: Vma, words: Words, *, huge: bool) -> Words:
+def _wants_writenotify(flags: int, before: int) -> bool:
+    """Whether writes to a shared mapping are tracked, and its words were not (soft-dirty).
+
+    ``before`` are the flags that its protection is still after (``vma_wants_writenotify``).
+    """
+    tracked = flags & (VM_WRITE | VM_SHARED | VM_SOFTDIRTY) == VM_WRITE | VM_SHARED
+    return tracked and vm_page_prot(before) == vm_page_prot(flags | VM_SOFTDIRTY)
+
+
+def _protected(machine: Machine, vma: Vma, words: Words, try_writable: bool) -> Words:
     """Words with the rights that the mapping has now (``change_pte_range``).
 
     A huge one never becomes writable here: its next write fault makes it so.
@@ -167,7 +214,7 @@ def _protected(machine: Machine, vma: Vma, words: Words, *, huge: bool) -> Words
     changed = words.copy()
     if present.any():
         new = with_protection(words[present], vm_page_prot(vma.flags))
-        if vma.flags & VM_WRITE and not huge:
+        if try_writable:
             new = np.where(_may_be_writable(machine, vma, new), new | np.uint64(RW), new)
         changed[present] = new
     special = np.flatnonzero(~present & (words != 0))

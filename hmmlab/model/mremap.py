@@ -31,6 +31,7 @@ from hmmlab.model.mmu_notifier import (
     invalidate_range_start,
 )
 from hmmlab.model.page_table import alloc_tables, read_range, rows_of_range, walk, word_row
+from hmmlab.model.tlb import flush_tlb
 
 __all__ = ["sys_mremap"]
 
@@ -87,17 +88,18 @@ def _move_vma(machine: Machine, vma: Vma, start: int, stop: int, to: int) -> Rou
         anon_vma_clone(machine, new, vma)
     # The old one may have grown into the new one.
     vma = vma_lookup(machine, mm, start) or vma
+    yield from move_page_tables(machine, vma, start, stop, to)
     if vma.flags & VM_HUGETLB:
-        yield from move_hugetlb_page_tables(machine, vma, start, stop, to)
         clear_vma_resv_huge_pages(machine, vma)
-    else:
-        yield from move_page_tables(machine, vma, start, stop, to)
     yield from do_munmap(machine, mm, start, stop)
 
 
 @kernel("mm/mremap.c")
 def move_page_tables(machine: Machine, vma: Vma, start: int, stop: int, to: int) -> Routine[None]:
     """Move words, or whole page tables where both places allow it, inside one UNMAP of the old."""
+    if vma.flags & VM_HUGETLB:
+        yield from move_hugetlb_page_tables(machine, vma, start, stop, to)
+        return
     root = mm_root(machine, vma.mm)
     range = MmuNotifierRange.one(vma.mm, Event.UNMAP, start, stop, vma=vma.row)
     yield from invalidate_range_start(machine, range)
@@ -132,7 +134,10 @@ def _move_words(machine: Machine, root: int, start: int, stop: int, shift: int) 
             alloc_tables(machine, root, start + shift, stop + shift)
         return
     alloc_tables(machine, root, start + shift, stop + shift)
-    mark = np.where(is_present(words), np.uint64(SOFT_DIRTY), np.uint64(0))
+    present = is_present(words)
+    tables = np.unique((start + np.flatnonzero(present)) // PMD_PAGES).size
+    flush_tlb(machine, tables)
+    mark = np.where(present, np.uint64(SOFT_DIRTY), np.uint64(0))
     mark = np.where(is_swap_type(words), np.uint64(SWP_SOFT_DIRTY), mark)
     machine.write("pte", rows_of_range(machine, root, start, stop), 0)
     machine.write("pte", rows_of_range(machine, root, start + shift, stop + shift), words | mark)
@@ -147,6 +152,7 @@ def _move_tables(machine: Machine, root: int, start: int, stop: int, shift: int)
         word = machine["pmd"][old]
         machine.write("pmd", old, 0)
         machine.write("pmd", new, word)
+        flush_tlb(machine, int(word != 0))
         if word & np.uint64(HUGE):  # a huge word is marked like a small one
             rows = rows_of_range(machine, root, at + shift, at + shift + PMD_PAGES)
             machine.write("pte", rows, machine["pte"][rows] | np.uint64(SOFT_DIRTY))

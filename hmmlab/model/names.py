@@ -65,4 +65,9 @@ class Names:
 
     def sentence(self, step: _Step) -> str:
         """What a step did, in one sentence."""
-        return step.text.format(range=self.place(step.mm, step.start, step.stop))
+        one = step.stop - step.start == 1
+        return step.text.format(
+            range=self.place(step.mm, step.start, step.stop),
+            are="is" if one else "are",
+            s="s" if one else "",
+        )

@@ -60,6 +60,9 @@ Machine.declare("table.free", np.int64, "tables of a level on its free list")
 
 _BELOW = {"pgd": "pud", "pud": "pmd", "pmd": "pte"}
 
+#: What the PMD word of the next table has more than that of the one before it in the pool.
+_NEXT_TABLE = np.uint64(1 << PAGE_SHIFT)
+
 
 class Run(NamedTuple):
     """Pages ``start`` to ``stop - 1`` of a walk that lie side by side.
@@ -150,8 +153,9 @@ def alloc_tables(machine: Machine, root: int, start: int, stop: int, level: str 
             end = min(stop, align_down(at, span) + span)
             table = table_of(machine, root, at, upper) * ENTRIES
             rows = slice(table + index(at, upper), table + index(end - 1, upper) + 1)
-            missing = np.flatnonzero(machine[upper][rows] == 0)
-            if missing.size:
+            words = machine[upper][rows]
+            if not words.all():
+                missing = np.flatnonzero(words == 0)
                 tables = _new_tables(machine, _BELOW[upper], missing.size)
                 machine.write(upper, rows.start + missing, _point_to(tables))
             at = end
@@ -168,28 +172,40 @@ def walk(state: State, root: int, start: int, stop: int) -> Iterator[Run]:
     """
     at = start
     while at < stop:
+        table = root
         for level in ("pgd", "pud"):
-            row = word_row(state, root, at, level)
-            if not state[level][row]:
+            word = state[level][table * ENTRIES + index(at, level)]
+            if not word:
                 size = LEVEL_PAGES[level]
                 end = min(stop, align_down(at, size) + size)
                 yield Run(at, end, -1, level)
                 at = end
                 break
+            table = _pointed(word)
         else:
             end = min(stop, align_down(at, PUD_PAGES) + PUD_PAGES)
-            yield from _walk_pmd_table(state, word_row(state, root, at, "pmd"), at, end)
+            yield from _walk_pmd_table(state, table * ENTRIES + index(at, "pmd"), at, end)
             at = end
 
 
 def _walk_pmd_table(state: State, row: int, start: int, stop: int) -> Iterator[Run]:
     count = -(-stop // PMD_PAGES) - start // PMD_PAGES
     words = state["pmd"][row : row + count]
+    table = _pointed(words[0])
+    if table and (count == 1 or (words[1:] - words[:-1] == _NEXT_TABLE).all()):  # all in a row
+        huge = bool(int(words[0]) & HUGE)
+        yield Run(start, stop, table * ENTRIES + index(start, "pte"), "pmd", huge)
+        return
+    yield from _walk_scattered(words, start, stop)
+
+
+def _walk_scattered(words: Words, start: int, stop: int) -> Iterator[Run]:
+    """Runs among pages whose PMD words are ``words``."""
     huge = (words & HUGE) != 0
     tables = (words >> np.uint64(PAGE_SHIFT)).astype(np.int64)
     step = np.where(tables[1:] == 0, tables[:-1] == 0, tables[1:] == tables[:-1] + 1)
     step &= ((tables[1:] == 0) == (tables[:-1] == 0)) & (huge[1:] == huge[:-1])
-    cuts = [0, *(np.flatnonzero(~step) + 1), count]
+    cuts = [0, *(np.flatnonzero(~step) + 1), words.size]
     base = align_down(start, PMD_PAGES)
     for first, last in pairwise(cuts):
         a = max(start, base + int(first) * PMD_PAGES)
@@ -201,8 +217,11 @@ def _walk_pmd_table(state: State, row: int, start: int, stop: int) -> Iterator[R
 
 def read_range(state: State, root: int, start: int, stop: int) -> Words:
     """Words of pages ``start`` to ``stop - 1``, uint64 of shape (stop - start,), 0 in holes."""
+    runs = list(walk(state, root, start, stop))
+    if len(runs) == 1 and runs[0].row >= 0:
+        return state["pte"][runs[0].row : runs[0].row + stop - start].copy()
     words = np.zeros(max(stop - start, 0), np.uint64)
-    for run in walk(state, root, start, stop):
+    for run in runs:
         if run.row >= 0:
             size = run.stop - run.start
             words[run.start - start : run.stop - start] = state["pte"][run.row : run.row + size]
@@ -273,12 +292,13 @@ def drop_table(machine: Machine, root: int, first: int) -> None:
 
 def free_pgtables(
     machine: Machine, root: int, start: int, stop: int, floor: int, ceiling: int
-) -> None:
-    """Free the tables that only served pages ``start`` to ``stop - 1``.
+) -> int:
+    """Free the tables that only served pages ``start`` to ``stop - 1``. Returns how many.
 
     ``floor`` is the end of the mapping below and ``ceiling`` the start of the mapping above, in
     pages: a table whose span reaches past either still serves a neighbour (``free_pgd_range``).
     """
+    freed = 0
     for level in ("pte", "pmd", "pud"):
         upper = LEVELS[LEVELS.index(level) - 1]
         span = LEVEL_PAGES[upper]
@@ -295,6 +315,8 @@ def free_pgtables(
                 tables = (machine[upper][rows] >> np.uint64(PAGE_SHIFT)).astype(np.int64)
                 machine.write(upper, rows, 0)
                 _give_back(machine, level, tables)
+                freed += rows.size
+    return freed
 
 
 def _tables_of(state: State, root: int, start: int, stop: int, level: str) -> list[tuple[int, int]]:
@@ -316,7 +338,7 @@ def rows_of(state: State, root: int, vpns: np.ndarray) -> Rows:
     """Rows in the ``pte`` column of ``vpns`` (int64, ascending), all of which have tables."""
     if vpns[-1] - vpns[0] == vpns.size - 1:
         return rows_of_range(state, root, int(vpns[0]), int(vpns[-1]) + 1)
-    blocks, first = np.unique(vpns // PMD_PAGES, return_index=True)
-    tables = [table_of(state, root, int(block) * PMD_PAGES, "pte") for block in blocks]
+    first = np.flatnonzero(np.diff(vpns // PMD_PAGES, prepend=-1))
+    tables = [table_of(state, root, vpn, "pte") for vpn in vpns[first].tolist()]
     sizes = np.diff(np.append(first, vpns.size))
     return np.repeat(np.array(tables, np.int64), sizes) * ENTRIES + vpns % PMD_PAGES

@@ -93,7 +93,7 @@ def pin_user_pages(machine: Machine, mm: int, start: int, stop: int) -> Routine[
         machine.up_read(lock)
     machine.add("page.refcount", as_rows(page_rows(machine, pfns)), GUP_PIN_COUNTING_BIAS - 1)
     _note(machine, mm, pfns, _PIN)
-    yield machine.step("{range} is pinned.", mm, start, stop)
+    yield machine.step("{range} {are} pinned.", mm, start, stop)
 
 
 @kernel("mm/gup.c")

@@ -9,6 +9,9 @@ Source: mm/rmap.c.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -23,6 +26,7 @@ from hmmlab.model.entry import (
     pfn_of,
     swap_offset_pfn,
 )
+from hmmlab.model.geometry import PMD_PAGES
 from hmmlab.model.machine import Machine
 from hmmlab.model.mm_types import (
     Vma,
@@ -37,15 +41,16 @@ from hmmlab.model.page import (
     PG_ANON_EXCLUSIVE,
     PG_KSM,
     PG_SWAPBACKED,
-    as_rows,
     page_rows,
+    pfn_to_page,
     set_flags,
 )
 from hmmlab.model.page_table import walk, word_row
-from hmmlab.model.state import State, unique_rows
+from hmmlab.model.state import Rows, State, some, unique_rows
 
 __all__ = [
     "Mappings",
+    "hugepage_add_new_anon_rmap",
     "ksm_migrate_page",
     "page_add_anon_rmap",
     "page_add_file_rmap",
@@ -97,54 +102,120 @@ class Mappings(NamedTuple):
         np.maximum.at(last, self.which[self.maps], position[self.maps])
         return self.only(position <= last[self.which])
 
+    def by_vma(self) -> Iterator[tuple[int, Mappings]]:
+        """Each mapping with its places; mappings come in an order that is every frame's own.
 
-def page_add_new_anon_rmap(machine: Machine, pfns: Pfns, vma: Vma, vpns: Pfns) -> None:
-    """Let new frames be mapped once, by ``vma`` at pages ``vpns``; it owns them alone."""
-    machine.called("page_add_new_anon_rmap", pfns.size)
-    rows = as_rows(page_rows(machine, pfns))
+        Frames of different families may be visited in orders that have no common one; then it goes
+        place by place, and a mapping comes again.
+        """
+        rows = list(dict.fromkeys(self.vma.tolist()))
+        if len(rows) > 1:
+            same = (self.which[1:] == self.which[:-1]) & (self.vma[1:] != self.vma[:-1])
+            after = TopologicalSorter[int]({row: () for row in rows})
+            pairs = unique_rows((self.vma[:-1][same] << 32) | self.vma[1:][same])
+            for pair in pairs.tolist():
+                after.add(pair & 0xFFFFFFFF, pair >> 32)
+            try:
+                rows = list(after.static_order())
+            except CycleError:
+                changes = np.flatnonzero(np.diff(self.vma) | np.diff(self.which)) + 1
+                at = np.arange(self.vma.size)
+                for first, last in pairwise([0, *changes.tolist(), at.size]):
+                    yield int(self.vma[first]), self.only((at >= first) & (at < last))
+                return
+        for row in rows:
+            yield row, self.only(self.vma == row)
+
+
+def page_add_new_anon_rmap(
+    machine: Machine, pfns: Pfns, vma: Vma, vpns: Pfns, *, huge: bool = False, noted: bool = False
+) -> None:
+    """Let new frames be mapped once, by ``vma`` at pages ``vpns``; it owns them alone.
+
+    ``huge`` pages are one call each; ``noted`` says that the caller has noted the calls, among
+    others.
+    """
+    calls = pfns.size // PMD_PAGES if huge else pfns.size
+    machine.called("page_add_new_anon_rmap", 0 if noted else calls)
+    _own_alone(machine, pfns, vma, vpns)
+
+
+def hugepage_add_new_anon_rmap(machine: Machine, pfns: Pfns, vma: Vma, vpns: Pfns) -> None:
+    """The same for huge pages of a pool."""
+    machine.called("hugepage_add_new_anon_rmap", pfns.size // PMD_PAGES)
+    _own_alone(machine, pfns, vma, vpns)
+
+
+def _own_alone(machine: Machine, pfns: Pfns, vma: Vma, vpns: Pfns) -> None:
+    rows = pfn_to_page(machine, pfns)
     machine.write("page.mapcount", rows, 1)
     machine.write("page.mapping", rows, vma.anon_vma)
     machine.write("page.index", rows, vma.pgoff_of(0) + vpns)
-    set_flags(machine, pfns, PG_ANON | PG_ANON_EXCLUSIVE | PG_SWAPBACKED)
+    set_flags(machine, pfns, PG_ANON | PG_ANON_EXCLUSIVE | PG_SWAPBACKED, rows=rows)
 
 
 def page_add_anon_rmap(
-    machine: Machine, pfns: Pfns, vma: Vma, vpns: Pfns, exclusive: NDArray[np.bool_]
+    machine: Machine,
+    pfns: Pfns,
+    vma: Vma,
+    vpns: Pfns,
+    exclusive: NDArray[np.bool_],
+    rows: Rows | None = None,
 ) -> None:
     """Let frames be mapped once more, by ``vma`` at pages ``vpns``; some by their only owner.
 
     A frame that has no anon_vma yet gets the mapping's, or the oldest of its family when it is not
     the mapping's alone.
     """
-    rows = page_rows(machine, pfns)
-    machine.add("page.mapcount", as_rows(rows), 1)
-    fresh = (machine["page.flags"][rows] & PG_ANON) == 0
+    rows = pfn_to_page(machine, pfns) if rows is None else rows
+    machine.add("page.mapcount", rows, 1)
+    fresh = (machine["page.flags"][rows] & np.uint32(PG_ANON)) == 0
     if fresh.any():
         root = root_anon_vma(machine, vma.anon_vma)
         mapping = np.where(exclusive[fresh], vma.anon_vma, root)
-        machine.write("page.mapping", as_rows(rows[fresh]), mapping)
-        machine.write("page.index", as_rows(rows[fresh]), vma.pgoff_of(0) + vpns[fresh])
-        set_flags(machine, pfns[fresh], PG_ANON)
-    if exclusive.any():
-        set_flags(machine, unique_rows(pfns[exclusive]), PG_ANON_EXCLUSIVE)
+        new = pfn_to_page(machine, pfns[fresh])
+        machine.write("page.mapping", new, mapping)
+        machine.write("page.index", new, vma.pgoff_of(0) + vpns[fresh])
+        set_flags(machine, pfns[fresh], PG_ANON, rows=new)
+    if exclusive.all() and isinstance(rows, slice):
+        set_flags(machine, pfns, PG_ANON_EXCLUSIVE, rows=rows)
+    elif exclusive.any():
+        set_flags(machine, unique_rows(some(pfns, exclusive)), PG_ANON_EXCLUSIVE)
 
 
-def page_dup_rmap(machine: Machine, pfns: Pfns) -> None:
+def page_dup_rmap(machine: Machine, pfns: Pfns, rows: Rows | None = None) -> None:
     """Let a child map frames, which may repeat, too: nobody owns them alone from now on."""
-    machine.add("page.mapcount", as_rows(page_rows(machine, pfns)), 1)
-    set_flags(machine, unique_rows(pfns), off=PG_ANON_EXCLUSIVE)
+    rows = pfn_to_page(machine, pfns) if rows is None else rows
+    machine.add("page.mapcount", rows, 1)
+    if isinstance(rows, slice):
+        set_flags(machine, pfns, off=PG_ANON_EXCLUSIVE, rows=rows)
+    else:
+        set_flags(machine, unique_rows(pfns), off=PG_ANON_EXCLUSIVE)
 
 
 def page_add_file_rmap(machine: Machine, pfns: Pfns) -> None:
     """Let frames of a file, which may repeat, be mapped once more."""
-    machine.add("page.mapcount", as_rows(page_rows(machine, pfns)), 1)
+    machine.add("page.mapcount", pfn_to_page(machine, pfns), 1)
 
 
-def page_remove_rmap(machine: Machine, pfns: Pfns) -> None:
-    """Let frames, which may repeat, be mapped once less."""
+def page_remove_rmap(
+    machine: Machine,
+    pfns: Pfns,
+    *,
+    huge: bool = False,
+    noted: bool = False,
+    rows: Rows | None = None,
+) -> None:
+    """Let frames, which may repeat, be mapped once less.
+
+    ``huge`` pages are one call each; ``noted`` says that the caller has noted the calls, among
+    others.
+    """
     if pfns.size:
-        machine.called("page_remove_rmap", pfns.size)
-        machine.add("page.mapcount", as_rows(page_rows(machine, pfns)), -1)
+        calls = pfns.size // PMD_PAGES if huge else pfns.size
+        machine.called("page_remove_rmap", 0 if noted else calls)
+        rows = pfn_to_page(machine, pfns) if rows is None else rows
+        machine.add("page.mapcount", rows, -1)
 
 
 def rmap_walk(state: State, pfns: Pfns) -> Mappings:
@@ -202,9 +273,10 @@ def _places_of_merged(state: State, number: int, node: int) -> tuple[NDArray[np.
     return which, table[:, 0], table[:, 1], table[:, 2], np.arange(len(places))
 
 
-def ksm_migrate_page(machine: Machine, old: Pfns, new: Pfns) -> None:
-    """Let merged pages be found at their new frames."""
-    merged = (machine["page.flags"][page_rows(machine, old)] & PG_KSM) != 0
+def ksm_migrate_page(machine: Machine, old: Pfns, new: Pfns, rows: Rows | None = None) -> None:
+    """Let merged pages be found at their new frames; ``rows`` are those of ``old``, if known."""
+    rows = pfn_to_page(machine, old) if rows is None else rows
+    merged = (machine["page.flags"][rows] & np.uint32(PG_KSM)) != 0
     if merged.any():
         nodes = machine["page.mapping"][page_rows(machine, old[merged])]
         machine.write("ksm_node.pfn", nodes.astype(np.int64), new[merged])

@@ -8,6 +8,7 @@ the blocks that either has touched.
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -16,18 +17,32 @@ from numpy.typing import DTypeLike, NDArray
 
 from hmmlab.model.names import Names
 
-__all__ = ["Rows", "State", "are_unique", "first_and_last", "row_numbers", "unique_rows"]
+__all__ = [
+    "Rows",
+    "State",
+    "are_unique",
+    "first_and_last",
+    "row_numbers",
+    "rows_where",
+    "some",
+    "unique_rows",
+]
 
-#: Rows of a column: a slice where they are contiguous, an int64 array otherwise, or one row.
+#: Rows of a column: a slice where they are contiguous, up or down, an int64 array otherwise, or
+#: one row.
 Rows = slice | NDArray[np.int64] | int
 
 _BLOCK_SHIFT = 12
 _BLOCK = 1 << _BLOCK_SHIFT
+#: Bytes from which an array has a mapping of its own.
+_LARGE = 1 << 18
 
 
 def first_and_last(rows: Rows) -> tuple[int, int]:
     """Smallest row and largest row of ``rows``; ``(0, -1)`` when there are none."""
     if isinstance(rows, slice):
+        if rows.step == -1:
+            return rows.stop + 1, rows.start
         return rows.start or 0, rows.stop - 1
     if isinstance(rows, (int, np.integer)):
         return int(rows), int(rows)
@@ -39,8 +54,18 @@ def first_and_last(rows: Rows) -> tuple[int, int]:
 def row_numbers(rows: Rows) -> NDArray[np.int64]:
     """``rows`` as an int64 array."""
     if isinstance(rows, slice):
-        return np.arange(rows.start, rows.stop)
+        return np.arange(rows.start, rows.stop, rows.step or 1)
     return np.atleast_1d(np.asarray(rows, np.int64))
+
+
+def rows_where(mask: NDArray[np.bool_]) -> slice | NDArray[np.int64]:
+    """The rows at which ``mask``, of shape (n,), is True: a slice where all are."""
+    return slice(0, mask.size) if np.count_nonzero(mask) == mask.size else np.flatnonzero(mask)
+
+
+def some(values: NDArray[Any], mask: NDArray[np.bool_]) -> NDArray[Any]:
+    """The masked ones of ``values``: themselves, and no copy, where all are masked."""
+    return values if np.count_nonzero(mask) == mask.size else values[mask]
 
 
 def are_unique(rows: NDArray[np.int64]) -> bool:
@@ -57,8 +82,25 @@ def unique_rows(rows: NDArray[np.int64]) -> NDArray[np.int64]:
     """
     if (rows[1:] > rows[:-1]).all():
         return rows
+    if (rows[1:] < rows[:-1]).all():
+        return rows[::-1]
+    if (rows == rows[0]).all():
+        return rows[:1]
     ordered = np.sort(rows)
     return ordered[np.append(True, ordered[1:] != ordered[:-1])[: ordered.size]]
+
+
+def _zeros(rows: int, dtype: DTypeLike) -> NDArray[Any]:
+    """Zeros, of which only what is written takes memory.
+
+    What malloc has been given back it hands out again, and numpy must write zeros over it; and it
+    is madvised to be huge pages, of which one written row takes 2 MiB. A mapping is neither.
+    """
+    size = rows * np.dtype(dtype).itemsize
+    if size < _LARGE or not hasattr(mmap, "MAP_PRIVATE"):
+        return np.zeros(rows, dtype)
+    fresh = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return np.frombuffer(fresh, dtype)
 
 
 class _Column:
@@ -67,15 +109,16 @@ class _Column:
     __slots__ = ("array", "touched")
 
     def __init__(self, dtype: DTypeLike, rows: int = _BLOCK) -> None:
-        self.array: NDArray[Any] = np.zeros(rows, dtype)
+        self.array: NDArray[Any] = _zeros(rows, dtype)
         self.touched = np.zeros(-(-rows // _BLOCK), np.bool_)
 
-    def reserve(self, rows: Rows) -> None:
-        """Make room for ``rows`` and remember that their blocks may change."""
+    def reserve(self, rows: Rows) -> NDArray[Any]:
+        """Make room for ``rows`` and remember that their blocks may change; the array then."""
         first, last = first_and_last(rows)
         if last >= self.array.size:
             self.resize(last + 1)
         self.touched[first >> _BLOCK_SHIFT : (last >> _BLOCK_SHIFT) + 1] = True
+        return self.array
 
     def resize(self, rows: int) -> None:
         size = max(2 * self.array.size, -(-rows // _BLOCK) * _BLOCK)
@@ -110,7 +153,7 @@ class _Column:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         values: NDArray[Any] = state["values"]
-        self.array, self.touched = np.zeros(state["rows"], values.dtype), state["touched"]
+        self.array, self.touched = _zeros(state["rows"], values.dtype), state["touched"]
         at = 0
         for part, size in zip(self.parts(), state["sizes"], strict=True):
             self.array[part.start : part.start + size] = values[at : at + size]
@@ -168,15 +211,11 @@ class State(Mapping[str, NDArray[Any]]):
 
     def put(self, name: str, rows: Rows, values: Any) -> None:
         """Set ``rows`` of the column ``name``, with no record of it."""
-        column = self._columns[name]
-        column.reserve(rows)
-        column.array[rows] = values
+        self._columns[name].reserve(rows)[rows] = values
 
     def reserve(self, name: str, rows: Rows) -> NDArray[Any]:
         """Make room for ``rows`` of the column ``name``, which are about to change."""
-        column = self._columns[name]
-        column.reserve(rows)
-        return column.array
+        return self._columns[name].reserve(rows)
 
     def copy(self) -> State:
         """A state of its own with the same values."""

@@ -56,7 +56,9 @@ Machine.declare("swap.count", np.int32, "page-table words and files that name th
 Machine.declare("swap.cache", np.int64, "frame of the slot in the swap cache; 0 for none")
 Machine.declare("swap.content", np.uint64, "first word of the page that was written there")
 Machine.declare("swap.used", np.int64, "slots handed out so far")
-Machine.declare("swap.history", np.int64, "last offset, hits and window of reads for files")
+Machine.declare(
+    "swap.history", np.int64, "last offset, hits, window of reads for files; 1 after the first"
+)
 
 
 # --- slots ----------------------------------------------------------------------------------------
@@ -150,6 +152,10 @@ def _read(machine: Machine, slots: Pfns, wanted: int) -> None:
     put_page(machine, pfns)
 
 
+#: Reads ahead that count as useful before there was one (``swapin_readahead_hits``).
+_FIRST_HITS = 4
+
+
 def _window(last: int, place: int, hits: int, before: int) -> int:
     """How many pages to read, from how useful reading ahead was (``__swapin_nr_pages``)."""
     if hits == 0:
@@ -211,10 +217,17 @@ def swapin_readahead(machine: Machine, slots: Pfns, wanted: int) -> None:
     _read(machine, slots, wanted)
 
 
-def swap_cluster_readahead(machine: Machine, slot: int) -> None:
-    """Read a slot for a file, and the aligned cluster around it when that seems worth while."""
+def swap_cluster_readahead(machine: Machine, slot: int) -> bool:
+    """Read a slot for a file, and the aligned cluster around it when that seems worth while.
+
+    Returns whether it did.
+    """
     last, hits, before = (int(value) for value in machine["swap.history"][:3])
+    if not machine["swap.history"][3]:  # the first read goes ahead as if four had been useful
+        machine.write("swap.history", 3, 1)
+        hits += _FIRST_HITS
     window = _window(last, slot, hits, before)
     machine.write("swap.history", slice(0, 3), [last if hits else slot, 0, window])
     first = align_down(slot, window)
     _read(machine, np.arange(first, first + window), slot)
+    return window > 1

@@ -43,6 +43,7 @@ from hmmlab.model.mmu_notifier import (
 )
 from hmmlab.model.page import GUP_PIN_COUNTING_BIAS, PG_ANON, ZERO_PFN, as_rows, page_rows
 from hmmlab.model.page_table import read_range, walk
+from hmmlab.model.tlb import flush_tlb
 
 __all__ = [
     "PM_FILE",
@@ -112,17 +113,23 @@ def clear_refs_soft_dirty(machine: Machine, mm: int) -> Routine[None]:
             machine.write("vma.flags", vma.row, vma.flags & ~VM_SOFTDIRTY)
         range = MmuNotifierRange.one(mm, Event.SOFT_DIRTY, 0, EVERYTHING)
         yield from invalidate_range_start(machine, range)
-        for vma in vmas_of(machine, mm):
-            if vma.flags & (VM_PFNMAP | VM_HUGETLB):
-                continue
-            for run in walk(machine, mm_root(machine, mm), vma.start, vma.end):
-                if run.row >= 0:
-                    rows = np.arange(run.row, run.row + run.stop - run.start)
-                    _clear_soft_dirty(machine, rows, cow=is_cow_mapping(vma.flags))
-        yield machine.step("Every page looks unwritten now.", mm)
+        yield from _clear_all(machine, mm)
         yield from invalidate_range_end(machine, range)
+        flush_tlb(machine)
     finally:
         machine.up_write(lock)
+
+
+@kernel("mm/pagewalk.c", "walk_page_range")
+def _clear_all(machine: Machine, mm: int) -> Routine[None]:
+    for vma in vmas_of(machine, mm):
+        if vma.flags & (VM_PFNMAP | VM_HUGETLB):
+            continue
+        for run in walk(machine, mm_root(machine, mm), vma.start, vma.end):
+            if run.row >= 0:
+                rows = np.arange(run.row, run.row + run.stop - run.start)
+                _clear_soft_dirty(machine, rows, cow=is_cow_mapping(vma.flags))
+    yield machine.step("Every page looks unwritten now.", mm)
 
 
 def _clear_soft_dirty(machine: Machine, rows: NDArray[np.int64], *, cow: bool) -> None:

@@ -13,7 +13,7 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from hmmlab.model.access import get_user_pages
+from hmmlab.model.access import make_device_exclusive_range
 from hmmlab.model.driver import Answer, Driver, backing
 from hmmlab.model.entry import (
     DEVICE_ATOMIC,
@@ -23,14 +23,15 @@ from hmmlab.model.entry import (
     HMM_PFN_ORDER_SHIFT,
     HMM_PFN_VALID,
     HMM_PFN_WRITE,
+    MIGRATE_PFN_VALID,
     MIGRATE_PFN_WRITE,
     Pfns,
     Words,
     device_word,
     hmm_pfn_to_pfn,
     migrate_pfn,
+    migrate_pfn_to_pfn,
 )
-from hmmlab.model.exclusive import make_device_exclusive
 from hmmlab.model.geometry import SECTION_PAGES
 from hmmlab.model.hmm import HmmRange
 from hmmlab.model.machine import BLOCK, BULK, KernelError, Machine, Routine, kernel, operation
@@ -67,15 +68,21 @@ from hmmlab.model.page import (
     is_zone_device,
     memremap_pages,
     memunmap_pages,
+    of_pagemap,
     page_rows,
     pagemap_of,
+    pfn_to_page,
     put_page,
     set_flags,
 )
 from hmmlab.model.region import Pages
+from hmmlab.model.state import row_numbers, rows_where, some
 from hmmlab.model.trace import Step
 
 __all__ = ["CHUNK_PAGES", "UNITS", "Dmirror", "DmirrorDevice"]
+
+#: From the bit MIGRATE_PFN_WRITE to the bit DEVICE_WRITE.
+_WRITE_SHIFT = MIGRATE_PFN_WRITE.bit_length() - DEVICE_WRITE.bit_length()
 
 #: Frames of one chunk of device memory: 256 MiB.
 CHUNK_PAGES = 2 * SECTION_PAGES
@@ -190,8 +197,8 @@ class DmirrorDevice:
         """Bring what is on frames ``first`` to ``last - 1`` home to RAM, wherever it is mapped."""
         machine = self.machine
         migrate = yield from migrate_device_range(machine, np.arange(first, last), self.owner)
-        wanted = np.flatnonzero(migrate.migrating)
-        if wanted.size:
+        wanted = migrate.migrating
+        if wanted.any():
             _fill_dst(machine, migrate, wanted)
         yield from migrate_device_pages(machine, migrate)
         yield from migrate_device_finalize(machine, migrate)
@@ -221,10 +228,11 @@ class DmirrorDevice:
                     break
                 continue
             missing -= got
-        pfns = np.concatenate(taken) if taken else np.zeros(0, np.int64)
-        rows = as_rows(page_rows(machine, pfns))
+        pfns = taken[0] if len(taken) == 1 else np.concatenate([np.zeros(0, np.int64), *taken])
+        rows = pfn_to_page(machine, pfns)
+        machine.called("zone_device_page_init", pfns.size)
         machine.write("page.refcount", rows, 1)
-        set_flags(machine, pfns, PG_LOCKED)
+        set_flags(machine, pfns, PG_LOCKED, rows=rows)
         if self.coherent:
             machine.write("page.private", rows, file)
         else:
@@ -236,21 +244,23 @@ class DmirrorDevice:
     def page_free(self, machine: Machine, pfns: Pfns) -> None:
         """Take device frames back, and free the RAM behind them (``dmirror_devmem_free``)."""
         machine.called("dmirror_devmem_free", pfns.size)
-        rows = as_rows(page_rows(machine, pfns))
+        rows = pfn_to_page(machine, pfns)
         if not self.coherent:
-            put_page(machine, machine["page.private"][rows])
+            put_page(machine, machine["page.private"][rows].copy())
         machine.write("page.private", rows, 0)
-        pfns = pfns[machine["dmirror_chunk.remove"][pagemap_of(machine, pfns)] == 0]
+        if machine["dmirror_chunk.remove"].any():
+            pfns = pfns[machine["dmirror_chunk.remove"][pagemap_of(machine, pfns)] == 0]
         free = int(machine["dmirror_device.free"][self.unit])
         machine.write(self.free_list, slice(free, free + pfns.size), pfns)
         machine.write("dmirror_device.free", self.unit, free + pfns.size)
 
-    def migrate_to_ram(self, machine: Machine, vma: Vma, vpns: Pfns, pfns: Pfns) -> Routine[None]:
+    def migrate_to_ram(
+        self, machine: Machine, vma: Vma, vpns: Pfns, pfns: Pfns, flags: int
+    ) -> Routine[None]:
         """The CPU touched device pages: bring each back by a migration of its own."""
-        backing = machine["page.private"][page_rows(machine, pfns)]
-        files = machine["page.private"][backing]
+        files = machine["page.private"][as_rows(backing(machine, pfns))].copy()
         # One file after another in page order, for frames are freed in that order.
-        edges = [0, *(np.flatnonzero(np.diff(files)) + 1).tolist(), files.size]
+        edges = [0, *(np.flatnonzero(files[1:] != files[:-1]) + 1).tolist(), files.size]
         for first, last in pairwise(edges):
             mirror: Dmirror = machine.objects["device_file"][int(files[first])]
             yield from mirror.devmem_fault(vma, vpns[first:last], pfns[first:last])
@@ -258,18 +268,21 @@ class DmirrorDevice:
 
 def _copy(machine: Machine, source: Pfns, target: Pfns, copied: NDArray[np.bool_]) -> None:
     """Copy content from RAM to RAM, or leave zeros where nothing is copied."""
-    content = machine["page.content"]
-    words = np.where(copied, content[page_rows(machine, source)], np.uint64(0))
-    machine.write("page.content", as_rows(page_rows(machine, target)), words)
+    words = machine["page.content"][pfn_to_page(machine, source)]
+    if not copied.all():
+        words = np.where(copied, words, np.uint64(0))
+    machine.write("page.content", pfn_to_page(machine, target), words)
 
 
-def _fill_dst(machine: Machine, migrate: MigrateVma, wanted: NDArray[np.int64]) -> None:
+def _fill_dst(machine: Machine, migrate: MigrateVma, wanted: NDArray[np.bool_]) -> None:
     """New, locked frames of RAM as ``dst`` of ``wanted``, with the content of ``src``."""
-    frames = alloc_pages(machine, wanted.size)
+    src = some(migrate.src, wanted)
+    frames = alloc_pages(machine, src.size)
     set_flags(machine, frames, PG_LOCKED)
-    source = backing(machine, migrate.src_pfns[wanted])
-    _copy(machine, source, frames, copied=np.ones(wanted.size, np.bool_))
-    migrate.dst[wanted] = migrate_pfn(frames) | (migrate.src[wanted] & np.uint64(MIGRATE_PFN_WRITE))
+    source = backing(machine, migrate_pfn_to_pfn(src))
+    _copy(machine, source, frames, copied=np.ones(src.size, np.bool_))
+    entries = migrate_pfn(frames) | (src & np.uint64(MIGRATE_PFN_WRITE))
+    migrate.dst[rows_where(wanted)] = entries
 
 
 @Machine.at_boot
@@ -438,7 +451,7 @@ class Dmirror(Driver):
         pfns = hmm_pfn_to_pfn(hmm_pfns)
         order = (hmm_pfns >> np.uint64(HMM_PFN_ORDER_SHIFT)) & np.uint64(31)
         device = is_zone_device(self.machine, pfns)
-        owner = self.machine["pagemap.owner"][pagemap_of(self.machine, pfns)]
+        owner = of_pagemap(self.machine, "owner", pfns)
         private = is_device_private_page(self.machine, pfns)
         local = np.where(
             owner == self.device,
@@ -512,23 +525,31 @@ class Dmirror(Driver):
 
     @kernel("lib/test_hmm.c", "dmirror_migrate_alloc_and_copy")
     def _copy_to_device(self, migrate: MigrateVma) -> Routine[None]:
-        wanted = np.flatnonzero(migrate.migrating)
+        wanted = migrate.migrating
         assert migrate.vma is not None
-        if wanted.size:
-            frames = self.mdevice.alloc_pages(wanted.size, self.file)
-            wanted = wanted[: frames.size]
-            source = migrate.src_pfns[wanted]
-            _copy(self.machine, source, backing(self.machine, frames), migrate.valid[wanted])
-            hole_writable = ~migrate.valid[wanted] & bool(migrate.vma.flags & VM_WRITE)
-            writable = migrate.writable[wanted] | hole_writable
-            migrate.dst[wanted] = migrate_pfn(frames) | np.where(
-                writable, np.uint64(MIGRATE_PFN_WRITE), np.uint64(0)
-            )
-        yield self._migration_step(migrate, f"{self.name} copies {wanted.size} pages of {{range}}.")
+        copied = taken = 0
+        if wanted.any():
+            src, at = some(migrate.src, wanted), rows_where(wanted)
+            frames = self.mdevice.alloc_pages(src.size, self.file)
+            taken = frames.size
+            if taken < src.size:
+                src, at = src[:taken], row_numbers(at)[:taken]
+            valid = (src & np.uint64(MIGRATE_PFN_VALID)) != 0
+            copied = int(np.count_nonzero(valid))
+            _copy(self.machine, migrate_pfn_to_pfn(src), backing(self.machine, frames), valid)
+            entries = migrate_pfn(frames) | (src & np.uint64(MIGRATE_PFN_WRITE))
+            if migrate.vma.flags & VM_WRITE and copied < taken:
+                entries |= ~valid * np.uint64(MIGRATE_PFN_WRITE)
+            migrate.dst[at] = entries
+        yield self._migration_step(
+            migrate,
+            f"Of {{range}}, {self.name} copies {copied}; empty, and given a new frame: "
+            f"{taken - copied}.",
+        )
 
     def _migration_step(self, migrate: MigrateVma, text: str) -> Step:
         first, last = int(migrate.vpns[0]), int(migrate.vpns[-1]) + 1
-        return self.machine.step(text, self.mm, first, last)
+        return self.machine.step(text, self.mm, first, last, detail=migrate.now(self.machine))
 
     @kernel("lib/test_hmm.c", "dmirror_migrate_finalize_and_map")
     def _map_migrated(self, migrate: MigrateVma) -> Routine[None]:
@@ -536,13 +557,19 @@ class Dmirror(Driver):
         done = migrate.migrating & (migrate.dst != 0)
         start, stop = int(migrate.vpns[0]), int(migrate.vpns[-1]) + 1
         if done.any():
-            words = self.entries(start, stop)
-            writable = (migrate.dst[done] & np.uint64(MIGRATE_PFN_WRITE)) != 0
-            flags = np.where(writable, np.uint64(DEVICE_VALID | DEVICE_WRITE), DEVICE_VALID)
-            words[done] = device_word(self.backing(migrate.dst_pfns[done]), flags)
-            self.store_entries(start, words)
+            dst = some(migrate.dst, done)
+            writable = (dst & np.uint64(MIGRATE_PFN_WRITE)) >> np.uint64(_WRITE_SHIFT)
+            frames = self.backing(migrate_pfn_to_pfn(dst))
+            entries = device_word(frames, writable | np.uint64(DEVICE_VALID))
+            if not done.all():
+                words = self.entries(start, stop)
+                words[done] = entries
+                entries = words
+            self.store_entries(start, entries)
         self.machine.up_write(self.lock)
-        yield self._migration_step(migrate, f"{self.name} maps {int(done.sum())} of {{range}}.")
+        yield self._migration_step(
+            migrate, f"{self.name} maps {np.count_nonzero(done)} of {{range}}."
+        )
 
     @kernel("lib/test_hmm.c", "dmirror_migrate_to_system")
     def migrate_to_system(self, start: int, stop: int) -> Routine[Answer]:
@@ -579,15 +606,18 @@ class Dmirror(Driver):
 
     @kernel("lib/test_hmm.c", "dmirror_devmem_fault_alloc_and_copy")
     def _copy_to_ram(self, migrate: MigrateVma) -> Routine[None]:
-        wanted = np.flatnonzero(migrate.migrating & migrate.valid)
-        if wanted.size:
+        wanted = migrate.migrating & migrate.valid
+        count = np.count_nonzero(wanted)
+        if count:
             start, stop = int(migrate.vpns[0]), int(migrate.vpns[-1]) + 1
-            among = np.zeros(stop - start, np.bool_)
-            among[migrate.vpns[wanted] - start] = True
+            among = None
+            if count < stop - start:
+                among = np.zeros(stop - start, np.bool_)
+                among[migrate.vpns[wanted] - start] = True
             self.forget(start, stop, among)
             _fill_dst(self.machine, migrate, wanted)
         yield self._migration_step(
-            migrate, f"{self.name} forgets {wanted.size} pages of {{range}} and copies them to RAM."
+            migrate, f"Of {{range}}, {self.name} copies {count} to RAM, and forgets what moves."
         )
 
     # --- exclusive access -------------------------------------------------------------------------
@@ -616,13 +646,9 @@ class Dmirror(Driver):
             _EBUSY, f"{machine.names.place(self.mm, start, stop)}: not all to be had"
         )
         try:
-            pfns = yield from get_user_pages(
-                machine, self.mm, start, stop, True, remote=True, split=True
-            )
+            pfns, mine = yield from make_device_exclusive_range(machine, self.mm, start, stop, 0)
         except KernelError:
             raise busy from None
-        vpns = np.arange(start, start + pfns.size)
-        mine = yield from make_device_exclusive(machine, self.mm, vpns, pfns, 0)
         if pfns.size == stop - start and mine.any():  # habit: all fetched, or none is mapped
             yield from machine.down_write(self.lock)
             words = self.entries(start, stop)

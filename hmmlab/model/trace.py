@@ -9,7 +9,7 @@ machine itself never runs backwards.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -37,13 +37,15 @@ class Step:
         The address space and its half-open range of page numbers that the step is about;
         ``mm`` 0 when it is about none.
     text
-        One sentence: what, and why. ``{range}`` stands for the range in the reader's own names.
+        One sentence: what, and why. ``{range}`` stands for the range in the reader's own names;
+        ``{are}`` and the ``{s}`` of a verb agree with how many pages it has.
     calls
         The kernel functions entered since the step before, each with its depth.
     lock
         Name of the lock that the actor waits for, or "".
     detail
-        What the step raised or handled: an ``MmuNotifierRange`` or ``Faults``, or None.
+        What the step raised or handled: an ``MmuNotifierRange`` or ``Faults``, a ``MigrateVma`` as
+        it was then, or None.
     group
         Steps of one group other than 0 are iterations of one loop taken in bulk: the kernel does
         page after page what they do kind after kind. Details carry their pages, so whoever wants
@@ -175,6 +177,13 @@ class Trace:
         operation.last, operation.result = len(self.events), result
         for listener in self.listeners:
             listener()
+
+    def called(self, number: int, calls: tuple[tuple[int, str], ...]) -> None:
+        """What an operation called after its last step belongs to that step."""
+        if self.events and self.events[-1].operation == self._open[number]:
+            last = self.events.pop()
+            step = replace(last.step, calls=(*last.step.calls, *calls))
+            self.events.append(Event(step, last.operation, last.writes))
 
     def wrote(self, column: str, rows: Rows, old: NDArray[Any], new: NDArray[Any]) -> None:
         """Keep one change for the event that is being made."""

@@ -25,6 +25,7 @@ from hmmlab.model.mmu_notifier import (
     MmuNotifierRange,
     invalidate_range_end,
     invalidate_range_start,
+    mm_has_notifiers,
 )
 from hmmlab.model.page import (
     PG_ANON,
@@ -45,6 +46,7 @@ from hmmlab.model.swap import (
     folio_alloc_swap,
     swap_duplicate,
 )
+from hmmlab.model.tlb import pte_accessible
 
 __all__ = ["reclaim_pages"]
 
@@ -94,10 +96,9 @@ def try_to_unmap(machine: Machine, pfns: Pfns, *, huge: bool = False) -> Routine
     A page of a file needs no word to be found again. A page that was given up by MADV_FREE and not
     written since loses its word too, and so its content.
     """
-    machine.called("try_to_unmap", pfns.size - 1, up=1)
+    machine.called("try_to_unmap", 0 if huge else pfns.size - 1, up=1)
     found = rmap_walk(machine, pfns).until_unmapped()
-    for vma in dict.fromkeys(found.vma.tolist()):
-        place = found.only(found.vma == vma)
+    for vma, place in found.by_vma():
         mm = int(machine["vma.mm"][vma])
         range = MmuNotifierRange.each(mm, Event.CLEAR, place.vpn, vma=vma, order=place.which)
         if huge:
@@ -107,11 +108,11 @@ def try_to_unmap(machine: Machine, pfns: Pfns, *, huge: bool = False) -> Routine
         yield from invalidate_range_start(machine, range)
         mapped = place.only(place.maps)
         if mapped.which.size:
-            _unmap(machine, pfns[mapped.which], mapped.row)
+            _unmap(machine, mm, pfns[mapped.which], mapped.row)
         yield from invalidate_range_end(machine, range)
 
 
-def _unmap(machine: Machine, pfns: Pfns, rows: Pfns) -> None:
+def _unmap(machine: Machine, mm: int, pfns: Pfns, rows: Pfns) -> None:
     words, flags = machine["pte"][rows], machine["page.flags"][pfns]
     dirty = (words & DIRTY) != 0
     if dirty.any():
@@ -136,7 +137,13 @@ def _unmap(machine: Machine, pfns: Pfns, rows: Pfns) -> None:
         swap_duplicate(machine, slots[to_slot])
     if exclusive.any():
         set_flags(machine, pfns[exclusive], off=PG_ANON_EXCLUSIVE)
-    page_remove_rmap(machine, pfns[gone])
+    told = anon & mm_has_notifiers(machine, mm)
+    machine.called_in_turn(
+        ("flush_tlb_mm_range", pte_accessible(words)),
+        ("__mmu_notifier_invalidate_range", told),
+        ("page_remove_rmap", gone),
+    )
+    page_remove_rmap(machine, pfns[gone], noted=True)
     put_page(machine, pfns[gone])
 
 

@@ -1,70 +1,19 @@
-"""One operation at every grain, stepped or run, forwards and backwards: always the same.
+"""One operation at every grain, stepped or run, forwards and backwards: always the same."""
 
-Which frame of RAM and which page table is handed out may differ with the grain, since no answer
-shows it; all else must not. So states are compared as they read, frames numbered anew in the order
-in which a walk meets them.
-"""
+from pathlib import Path
 
-import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hmmlab.invariants import violations
-from hmmlab.model import entry
+from hmmlab.kernel_traces import judge, read_recording
 from hmmlab.model.machine import BULK, Machine
-from hmmlab.model.mm_types import mm_root, vmas_of
-from hmmlab.model.page import page_rows
-from hmmlab.model.page_table import populated_pmds, read_range
 from hmmlab.session import Session
+from readings import difference, reading
 
+PROBES = Path(__file__).parents[1] / "kernel_traces" / "probes"
 PAGES = 70  # more than one batch of the driver
-
-
-def reading(machine):
-    """Everything about a machine but the numbers of RAM frames and of page tables."""
-    seen = {}
-    told = []
-
-    def number(pfn):
-        if pfn >= machine.ram_pages:
-            return ("device", int(pfn))
-        return seen.setdefault(int(pfn), len(seen))
-
-    for mm in np.flatnonzero(machine["mm.root"]).tolist():
-        told.append((mm, int(machine["mm.invalidate_seq"][mm])))
-        for vma in vmas_of(machine, mm):
-            told.append(vma[1:])
-            told.append(populated_pmds(machine, mm_root(machine, mm), vma.start, vma.end))
-            for word in read_range(machine, mm_root(machine, mm), vma.start, vma.end):
-                told.append(_cpu_word(machine, np.array([word]), number))
-    for file in np.flatnonzero(machine["device_file.mm"]).tolist():
-        told.append(int(machine["interval.seq"][machine["device_file.subscription"][file]]))
-        for vma in vmas_of(machine, int(machine["device_file.mm"][file])):
-            root = int(machine["device_file.root"][file])
-            for word in read_range(machine, root, vma.start, vma.end):
-                pfn = entry.device_pfn(np.array([word]))[0]
-                told.append((int(word) & 0xFFF, number(pfn)) if word else 0)
-    for unit in range(3):
-        free = int(machine["dmirror_device.free"][unit])
-        told.append(machine[f"dmirror_device.free_list.{unit}"][:free].tolist())
-    told.append([int(machine["zone.free"][0]) - int(machine["zone.used"][0])])
-    return told
-
-
-def _cpu_word(machine, word, number):
-    if not word[0]:
-        return 0
-    if entry.is_present(word)[0]:
-        pfn, bits = entry.pfn_of(word), int(word[0]) & 0xFFF
-    else:
-        pfn, bits = entry.swap_offset_pfn(word), int(entry.swap_type(word)[0])
-    row = page_rows(machine, pfn)[0]
-    facts = [
-        int(machine[f"page.{c}"][row])
-        for c in ("refcount", "mapcount", "flags", "content", "mapping", "index")
-    ]
-    return bits, number(pfn[0]), facts
 
 
 @st.composite
@@ -127,7 +76,8 @@ def session_of(lines, grain, *, record=False):
 def test_every_grain_gives_the_same(lines):
     bulk, some, single = (session_of(lines, grain) for grain in (BULK, 9, 1))
     assert bulk.answers == some.answers == single.answers
-    assert reading(bulk.machine) == reading(some.machine) == reading(single.machine)
+    for other in (some, single):
+        assert difference(reading(bulk.machine), reading(other.machine)) == []
     assert violations(bulk.machine) == []
     assert violations(single.machine) == []
 
@@ -251,7 +201,8 @@ def test_batches_at_once_are_batch_by_batch(lines):
     for one, other in ((bulk, some), (bulk, single)):
         for mine, theirs in zip(one.answers, other.answers, strict=True):
             assert mine == theirs
-        assert reading(one.machine) == reading(other.machine)
+        assert difference(reading(one.machine), reading(other.machine)) == []
+        assert violations(one.machine) == violations(other.machine) == []
 
 
 @pytest.mark.parametrize(
@@ -293,7 +244,8 @@ def test_batches_at_once_are_batch_by_batch(lines):
 def test_batches_that_meet_something(lines):
     bulk, single = (wide_session(lines, grain) for grain in (BULK, 1))
     assert bulk.answers == single.answers
-    assert reading(bulk.machine) == reading(single.machine)
+    assert difference(reading(bulk.machine), reading(single.machine)) == []
+    assert violations(bulk.machine) == violations(single.machine) == []
 
 
 @pytest.mark.parametrize("ram", [600, 700, 800])
@@ -306,3 +258,30 @@ def test_batches_when_memory_ends(ram, verb):
             session.do(line)
     answers = [session.do(verb) for session in sessions]
     assert answers[0]["ret"] == answers[1]["ret"] == answers[2]["ret"]
+
+
+@pytest.mark.parametrize(
+    ("lines", "wide"),
+    [
+        # A device does not hear of its own pages coming home, and hears of what lies between them.
+        (["store A 0 8 1", "fork K", "to_dev d1 A 4 2"], "store A 0 8 9"),
+        (["store A 0 8 1", "to_dev d0 A 0 4", "to_dev d1 A 3 2", "to_dev d0 A 5 3"], "load A 0 8"),
+        (["store A 0 8 1", "to_dev d0 A 2 4", "fork K", "to_sys d0 A 4 1"], "store A 0 8 9"),
+        (["store A 0 8 1", "to_dev d0 A 2 2", "exclusive d1 A 5 3"], "load A 0 8"),
+        (["store A 0 8 1", "to_dev d0 A 1 2", "to_dev d1 A 4 2", "fork K"], "write d0 A 0 8 5"),
+        (["store A 0 8 1", "to_dev d0 A 1 2", "to_dev d1 A 4 2"], "read d1 A 0 8"),
+    ],
+)
+def test_who_does_not_hear_keeps_the_number_that_it_heard(lines, wide):
+    bulk, some, single = (wide_session([*lines, wide], grain) for grain in (BULK, 3, 1))
+    for other in (some, single):
+        assert bulk.answers == other.answers
+        assert (bulk.machine["interval.seq"] == other.machine["interval.seq"]).all()
+        assert difference(reading(bulk.machine), reading(other.machine)) == []
+
+
+@pytest.mark.parametrize("grain", [BULK, 2, 1])
+def test_relatives_are_visited_in_each_pages_own_order(grain):
+    """The first page is known to the oldest and the youngest alone, the second to all three."""
+    recording = read_recording(PROBES / "rmap_order_of_relatives.jsonl")
+    assert judge(recording, "rmap_order_of_relatives", grain=grain).kind == "same"

@@ -5,11 +5,18 @@ import pytest
 
 from hmmlab import Machine, Process
 from hmmlab.invariants import violations
-from hmmlab.model.entry import device_word, present_word
+from hmmlab.model.entry import (
+    DEVICE_WRITE,
+    RW,
+    SWP_MIGRATION_WRITE,
+    device_word,
+    present_word,
+    swap_word,
+)
 from hmmlab.model.geometry import ENTRIES, PMD_PAGES
-from hmmlab.model.mm_types import mm_root, new_vma, vmas_of
-from hmmlab.model.page import ZERO_PFN
-from hmmlab.model.page_table import alloc_tables, table_of, word_row
+from hmmlab.model.mm_types import mm_lock, mm_root, new_vma, vmas_of
+from hmmlab.model.page import PG_ANON, PG_LOCKED, ZERO_PFN
+from hmmlab.model.page_table import alloc_tables, set_huge, table_of, word_row
 
 PAGES = 16
 TOUCHED = 8  # the first pages of A, of which the device has the first two
@@ -138,6 +145,92 @@ def a_page_is_mapped_before(machine, process, device, a):
     machine.write("vma.start", vma.row, a.start + 3)
 
 
+def a_word_may_write_a_shared_frame(machine, process, device, a):
+    machine.write("page.flags", frame(machine, process, a.start + 5), PG_ANON)
+
+
+def an_exclusive_frame_is_shared(machine, process, device, a):
+    at = row(machine, process, a.start + 6)
+    machine.write("pte", at, machine["pte"][row(machine, process, a.start + 5)])
+    machine.write("page.mapcount", frame(machine, process, a.start + 5), 2)
+
+
+def the_reverse_map_has_lost_a_mapping(machine, process, device, a):
+    machine.add("page.index", frame(machine, process, a.start + 5), 1)
+
+
+def a_page_stays_locked(machine, process, device, a):
+    pfn = frame(machine, process, a.start + 5)
+    machine.write("page.flags", pfn, machine["page.flags"][pfn] | PG_LOCKED)
+
+
+def a_migration_entry_stays(machine, process, device, a):
+    pfn = frame(machine, process, a.start + 5)
+    entry = swap_word(SWP_MIGRATION_WRITE, np.array([pfn]))[0]
+    machine.write("pte", row(machine, process, a.start + 5), entry)
+
+
+def a_lock_is_kept(machine, process, device, a):
+    machine.write("lock.writer", mm_lock(machine, process.mm), 1)
+
+
+def an_invalidation_never_ends(machine, process, device, a):
+    machine.write("mm.active_invalidations", process.mm, 1)
+
+
+def a_subscription_keeps_an_even_number(machine, process, device, a):
+    machine.add("interval.seq", device.subscription, 1)
+
+
+def a_subscription_keeps_a_number_of_the_future(machine, process, device, a):
+    machine.add("interval.seq", device.subscription, 1000)
+
+
+def a_table_is_lost(machine, process, device, a):
+    pmd = word_row(machine, mm_root(machine, process.mm), a.start, "pmd")
+    machine.write("pmd", pmd, 0)
+
+
+def a_table_is_free_and_hangs(machine, process, device, a):
+    table = table_of(machine, mm_root(machine, process.mm), a.start, "pte")
+    machine.write("pte.free_list", 0, table)
+    machine.write("table.free", 3, 1)
+
+
+def a_device_frame_is_lost(machine, process, device, a):
+    machine.add("dmirror_device.fresh", 0, -1)
+
+
+def a_device_frame_is_free_and_in_use(machine, process, device, a):
+    pfn = int(machine["dmirror_device.chunk"][0] + machine["dmirror_device.fresh"][0])
+    machine.write("dmirror_device.free_list.0", 0, pfn)
+    machine.write("dmirror_device.free", 0, 1)
+
+
+def the_device_may_write_where_the_cpu_may_not(machine, process, device, a):
+    words = device.entries(a.start + 5, a.start + 6)
+    device.store_entries(a.start + 5, words | np.uint64(DEVICE_WRITE))
+    at = row(machine, process, a.start + 5)
+    machine.write("pte", at, machine["pte"][at] & ~np.uint64(RW))
+
+
+def a_slot_counts_one_too_many(machine, process, device, a):
+    process.madvise(a[4:6], "pageout")
+    machine.add("swap.count", int(np.flatnonzero(machine["swap.count"])[0]), 1)
+
+
+def a_slot_does_not_know_its_frame(machine, process, device, a):
+    machine.write("page.swap", frame(machine, process, a.start + 5), 300)
+
+
+def an_anon_vma_counts_one_too_many(machine, process, device, a):
+    machine.add("anon_vma.active", 1, 1)
+
+
+def a_huge_word_stands_for_small_pages(machine, process, device, a):
+    set_huge(machine, mm_root(machine, process.mm), a.start, huge=True)
+
+
 @pytest.mark.parametrize(
     ("breaking", "sentence"),
     [
@@ -160,9 +253,27 @@ def a_page_is_mapped_before(machine, process, device, a):
         (the_device_shares_a_table_with_the_cpu, "a page table hangs in two places"),
         (two_mappings_overlap, "overlaps or is empty"),
         (a_mapping_is_empty, "overlaps or is empty"),
-        (a_mapping_ends_too_early, "something is mapped outside every mapping"),
-        (a_page_is_mapped_beyond, "something is mapped outside every mapping"),
-        (a_page_is_mapped_before, "something is mapped outside every mapping"),
+        (a_mapping_ends_too_early, "is mapped outside every mapping"),
+        (a_page_is_mapped_beyond, "is mapped outside every mapping"),
+        (a_page_is_mapped_before, "is mapped outside every mapping"),
+        (a_word_may_write_a_shared_frame, "may be written, and others may share its frame"),
+        (an_exclusive_frame_is_shared, "belongs to one alone and is mapped 2 times"),
+        (the_reverse_map_has_lost_a_mapping, "is mapped 1 times, rmap_walk finds 0"),
+        (a_page_stays_locked, "a page is locked, and no operation runs"),
+        (a_migration_entry_stays, "a migration entry is left, and no operation runs"),
+        (a_lock_is_kept, "a lock is held, and no operation does"),
+        (an_invalidation_never_ends, "an invalidation runs, and no operation does"),
+        (a_subscription_keeps_an_even_number, "subscription 1 keeps sequence number"),
+        (a_subscription_keeps_a_number_of_the_future, "subscription 1 keeps sequence number"),
+        (a_table_is_lost, "a PTE table is neither free nor hangs anywhere"),
+        (a_table_is_free_and_hangs, "a PTE table that is free hangs somewhere"),
+        (a_device_frame_is_lost, "1 frames of unit 0 are neither free nor in use"),
+        (a_device_frame_is_free_and_in_use, "a frame on the free list of unit 0 is in use"),
+        (the_device_may_write_where_the_cpu_may_not, "device file 1 keeps a stale entry for"),
+        (a_slot_counts_one_too_many, "is named 1 times and counts 2"),
+        (a_slot_does_not_know_its_frame, "do not know each other"),
+        (an_anon_vma_counts_one_too_many, "anon_vma.active of 1 is 2, 1 mappings use it"),
+        (a_huge_word_stands_for_small_pages, "stands for no huge page"),
     ],
 )
 def test_what_is_broken_is_noticed(world, breaking, sentence):
@@ -190,3 +301,12 @@ def test_another_mappings_tables_are_its_own(world):
     process.store(b, 1)
     process.munmap(b[:PMD_PAGES])
     assert violations(machine) == []
+
+
+def test_a_subscription_that_was_hit_keeps_that_number(world):
+    """So whoever looked before must look again."""
+    machine, process, device, a = world
+    before = int(machine["mm.invalidate_seq"][process.mm])
+    process.mprotect(a, "r")
+    assert machine["mm.invalidate_seq"][process.mm] == before + 2
+    assert machine["interval.seq"][device.subscription] == before + 1

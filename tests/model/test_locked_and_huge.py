@@ -5,6 +5,7 @@ import pytest
 
 from hmmlab import KernelError, Machine, Process
 from hmmlab.invariants import violations
+from hmmlab.session import Session, UnsupportedError
 
 PMD_PAGES = 512
 
@@ -180,3 +181,25 @@ def test_release_waits_for_whoever_holds_device_memory(process):
     with pytest.raises(RuntimeError, match="page of the device"):
         device.release()
     process.run("unhold", vmsplice_end(process.machine, process.mm))
+
+
+def test_a_fork_without_a_page_for_the_child_is_undone(machine):
+    """The copy of a pinned huge page needs a page of the pool: without one there is no child."""
+    session = Session(machine)
+    session.play(["mmap A 4 rw private", "store A 0 4 7", "mmap G 512 rw hugetlb", "open d0 0"])
+    session.play(["store G 0 1 1", "pin G 0 1", "mmap H 7680 rw hugetlb"])  # all are promised now
+    before = int(machine["zone.free"][:2].sum())
+    assert session.do("fork c")["ret"] == -12
+    events = session.answers[-1]["notify"]
+    assert [(event["event"], event["region"]) for event in events] == [
+        ("PROTECTION_PAGE", "A"),
+        ("CLEAR", "G"),
+    ]
+    assert violations(machine) == [] and not machine["mm.active_invalidations"].any()
+    assert int(machine["zone.free"][:2].sum()) == before
+    assert session.do("load A 0 4")["data"] == [7, 8, 9, 10]
+    assert session.do("snapshot d0 A 0 4")["snapshot"] == "01" * 4  # nobody undoes that
+    assert session.do("store A 0 4 9")["ret"] == 0  # and nobody shares a page: no copy is made
+    assert not session.answers[-1]["notify"]
+    with pytest.raises(UnsupportedError, match="c was never born"):
+        session.do("on c load A 0 4")

@@ -150,3 +150,68 @@ def test_classic_notifiers_hear_starts_and_ends(machine, process):
 def test_an_empty_interval_is_refused(machine, process):
     with pytest.raises(KernelError, match="EOVERFLOW"):
         subscribe(machine, process.mm, 5, 5)
+
+
+class Classic(Listener):
+    """A classic notifier that may refuse, and may have an end."""
+
+    def __init__(self, machine, answer=0):
+        super().__init__(machine)
+        self.answer = answer
+
+    def invalidate_range_start(self, range):
+        super().invalidate_range_start(range)
+        return self.answer
+
+
+def test_a_classic_notifier_may_refuse_and_all_that_started_hear_an_end(machine, process):
+    mm = process.mm
+    willing, refusing = Classic(machine), Classic(machine, answer=-11)
+    refusing.invalidate_range_end = None  # who may refuse has no end
+    for listener in (refusing, willing):
+        run(machine, mmu_notifier_register(machine, mm, listener))
+    with pytest.raises(KernelError, match="EAGAIN"):
+        run(machine, invalidate_range_start(machine, change(mm, 3, 5, blockable=False)))
+    assert refusing.heard == [("start", 3)]
+    assert willing.heard == [("start", 3), ("end", 3)]
+    run(machine, invalidate_range_start(machine, change(mm, 6, 7)))  # it may sleep: no refusal
+    assert willing.heard[2:] == [("start", 6)]
+
+
+def test_before_5_12_nobody_heard_an_end_after_a_refusal(machine, process):
+    willing, refusing = Classic(machine), Classic(machine, answer=-11)
+    willing.unpaired = True
+    for listener in (willing, refusing):
+        run(machine, mmu_notifier_register(machine, process.mm, listener))
+    with pytest.raises(KernelError, match="EAGAIN"):
+        run(machine, invalidate_range_start(machine, change(process.mm, 3, 5, blockable=False)))
+    assert willing.heard == [("start", 3)]
+
+
+def test_intervals_are_asked_first_and_their_refusal_is_the_last_word(machine, process):
+    classic = Classic(machine)
+    run(machine, mmu_notifier_register(machine, process.mm, classic))
+    subscribe(machine, process.mm, 0, 8, willing=False)
+    with pytest.raises(KernelError, match="EAGAIN"):
+        run(machine, invalidate_range_start(machine, change(process.mm, 3, 5, blockable=False)))
+    assert classic.heard == [] and not machine["mm.active_invalidations"][process.mm]
+
+
+def test_a_refusing_classic_notifier_leaves_the_intervals_waiting(machine, process):
+    """The kernel has no end for them: only a process that dies comes here."""
+    _, subscription = subscribe(machine, process.mm, 0, 8)
+    run(machine, mmu_notifier_register(machine, process.mm, Classic(machine, answer=-11)))
+    with pytest.raises(KernelError, match="EAGAIN"):
+        run(machine, invalidate_range_start(machine, change(process.mm, 3, 5, blockable=False)))
+    assert machine["mm.active_invalidations"][process.mm] == 1
+    begin = Steps(machine, "begin", Actor("x"), mmu_interval_read_begin(machine, subscription))
+    assert next(begin).lock == "invalidate_seq"
+
+
+@pytest.mark.parametrize("which", ["removed", "never made", "0", "negative"])
+def test_nobody_looks_under_a_subscription_that_is_not_there(machine, process, which):
+    _, subscription = subscribe(machine, process.mm, 0, 8)
+    run(machine, mmu_interval_notifier_remove(machine, subscription))
+    number = {"removed": subscription, "never made": 10**6, "0": 0, "negative": -1}[which]
+    with pytest.raises(ValueError, match=f"subscription {number} is not there"):
+        run(machine, mmu_interval_read_begin(machine, number))

@@ -14,6 +14,7 @@ Source: "mm/hmm/devmem: device memory hotplug using ZONE_DEVICE", v7, August 201
 from __future__ import annotations
 
 from collections.abc import Generator
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -21,11 +22,13 @@ from numpy.typing import ArrayLike, NDArray
 
 from hmmlab.model.entry import Pfns
 from hmmlab.model.geometry import PAGE_SIZE, SECTION_PAGES, align_down, align_up
-from hmmlab.model.history.era import EBUSY, ENOMEM, ENXIO, ERANGE
+from hmmlab.model.history.era import EBUSY, EINVAL, ENOMEM, ENXIO, ERANGE
 from hmmlab.model.history.mirror_2017 import kmalloc
 from hmmlab.model.machine import KernelError, Machine, Routine, kernel
 from hmmlab.model.mm_types import Vma, mm_root
 from hmmlab.model.page import (
+    MEMORY_DEVICE_COHERENT,
+    MEMORY_DEVICE_PRIVATE,
     PG_LOCKED,
     PHYSICAL_PAGES,
     alloc_pages,
@@ -42,6 +45,8 @@ from hmmlab.model.state import State
 
 __all__ = [
     "HMM_DEVMEM_OWNER",
+    "IORES_DESC_DEVICE_PRIVATE_MEMORY",
+    "IORES_DESC_DEVICE_PUBLIC_MEMORY",
     "VM_FAULT_ERROR",
     "VM_FAULT_MAJOR",
     "VM_FAULT_MINOR",
@@ -49,7 +54,9 @@ __all__ = [
     "VM_FAULT_SIGBUS",
     "HmmDevmem",
     "HmmDevmemOps",
+    "Resource",
     "hmm_devmem_add",
+    "hmm_devmem_add_resource",
     "hmm_devmem_page_get_drvdata",
     "hmm_devmem_page_set_drvdata",
     "hmm_devmem_pages_create",
@@ -60,6 +67,9 @@ __all__ = [
 
 #: What the machine notes as owner of such memory: before 5.7 nobody asked whose it was.
 HMM_DEVMEM_OWNER = -1
+
+#: What a piece of physical space is (``IORES_DESC_*`` of 4.14).
+IORES_DESC_DEVICE_PRIVATE_MEMORY, IORES_DESC_DEVICE_PUBLIC_MEMORY = 6, 7
 
 VM_FAULT_MINOR = 0
 VM_FAULT_OOM = 0x0001
@@ -88,7 +98,9 @@ class HmmDevmemOps(Protocol):
         page
             Frame that was seen there; a hint, for it may be gone.
         flags
-            FAULT_FLAG_* bits; always 0 here, for nothing of the fault depends on them.
+            FAULT_FLAG_* bits: WRITE where the page is to be written, REMOTE where somebody else
+            than the process's CPU asks. How the fault may wait, and whether it came from user
+            space, is left out.
         pmdp
             Row of the PMD's word in the ``pmd`` column.
 
@@ -109,13 +121,15 @@ class HmmDevmem:
         First frame, and the one past the last; -1 before there is a place.
     pagemap
         Number of its pagemap; 0 when it has no struct pages.
+    public
+        Whether the CPU can reach the memory (MEMORY_DEVICE_PUBLIC).
     faulting
         Frames that the CPU is faulting on at this moment, int64. Here such a fault holds a
         reference, which it did not in 2017.
     """
 
-    def __init__(self, ops: HmmDevmemOps, device: str) -> None:
-        self.ops, self.device = ops, device
+    def __init__(self, ops: HmmDevmemOps, device: str, *, public: bool = False) -> None:
+        self.ops, self.device, self.public = ops, device, public
         self.pfn_first = self.pfn_last = -1
         self.pagemap = 0
         self.faulting: Pfns = np.zeros(0, np.int64)
@@ -127,7 +141,9 @@ class HmmDevmem:
         """Hand pages back to the driver (``hmm_devmem_free``)."""
         self.ops.free(self, pfns)
 
-    def migrate_to_ram(self, machine: Machine, vma: Vma, vpns: Pfns, pfns: Pfns) -> Routine[None]:
+    def migrate_to_ram(
+        self, machine: Machine, vma: Vma, vpns: Pfns, pfns: Pfns, flags: int
+    ) -> Routine[None]:
         """Pass the faults on to the driver, one after another (``hmm_devmem_fault``).
 
         Raises
@@ -141,7 +157,7 @@ class HmmDevmem:
         try:
             for addr, page in zip(vpns.tolist(), pfns.tolist(), strict=True):  # over faults
                 pmdp = word_row(machine, root, addr, "pmd")
-                answer = self.ops.fault(self, vma, addr, page, 0, pmdp)
+                answer = self.ops.fault(self, vma, addr, page, flags, pmdp)
                 code = (yield from answer) if isinstance(answer, Generator) else answer
                 if code & VM_FAULT_OOM:
                     raise KernelError(ENOMEM, f"{self.device} has no memory for page {addr:#x}")
@@ -162,10 +178,10 @@ def hmm_devmem_add(
 
     Returns
     -------
-    The new chunk; -ENOMEM where the kernel has no memory for its own notes; -ERANGE where physical
-    space has no place; what :func:`hmm_devmem_pages_create` answers.
+    The new chunk; -ENOMEM where the kernel has no memory for its own notes, or nothing is asked
+    for; -ERANGE where physical space has no place; what :func:`hmm_devmem_pages_create` answers.
     """
-    if not kmalloc(machine):
+    if not kmalloc(machine) or size <= 0:
         return -ENOMEM
     devmem = HmmDevmem(ops, device)
     pages = align_up(-(-size // PAGE_SIZE), SECTION_PAGES)
@@ -188,6 +204,43 @@ def _intersects(machine: Machine, first: int, last: int) -> bool:
     return bool((taken & overlap).any())
 
 
+@dataclass(frozen=True, slots=True)
+class Resource:
+    """A piece of physical space (``struct resource``): frames ``start`` to ``end - 1``, and what.
+
+    ``desc`` is IORES_DESC_DEVICE_PUBLIC_MEMORY for memory of a device that the CPU can reach.
+    """
+
+    start: int
+    end: int
+    desc: int
+
+
+@kernel("mm/hmm.c, 4.14")
+def hmm_devmem_add_resource(
+    machine: Machine, ops: HmmDevmemOps, device: str, res: Resource
+) -> Routine[HmmDevmem | int]:
+    """Give memory that a device really has, and the CPU can reach, its struct pages.
+
+    Its pages are mapped as any other page, so ``fault`` is never called; ``free`` is. No driver
+    ever used it. What became of the idea is coherent device memory, in 6.0, and as that it is told
+    here.
+
+    Returns
+    -------
+    The new chunk; -EINVAL where the resource is none of that kind; -ENOMEM where the kernel has no
+    memory for its own notes; what :func:`hmm_devmem_pages_create` answers.
+    """
+    if res.desc != IORES_DESC_DEVICE_PUBLIC_MEMORY:
+        return -EINVAL
+    if not kmalloc(machine):
+        return -ENOMEM
+    devmem = HmmDevmem(ops, device, public=True)
+    devmem.pfn_first, devmem.pfn_last = res.start, res.end
+    refused = yield from hmm_devmem_pages_create(machine, devmem)
+    return refused or devmem
+
+
 @kernel("mm/hmm.c, 4.14")
 def hmm_devmem_pages_create(machine: Machine, devmem: HmmDevmem) -> Routine[int]:
     """Give the sections of a chunk struct pages, without mapping them for the kernel.
@@ -206,7 +259,8 @@ def hmm_devmem_pages_create(machine: Machine, devmem: HmmDevmem) -> Routine[int]
     sections = np.arange(first, last, SECTION_PAGES)
     if pagemap_of(machine, sections).any():
         return -EBUSY
-    devmem.pagemap = memremap_pages(machine, first, last - first, HMM_DEVMEM_OWNER, devmem)
+    kind = MEMORY_DEVICE_COHERENT if devmem.public else MEMORY_DEVICE_PRIVATE
+    devmem.pagemap = memremap_pages(machine, first, last - first, HMM_DEVMEM_OWNER, devmem, kind)
     machine.objects.setdefault("hmm_devmem", {})[devmem.pagemap] = devmem
     yield machine.step(f"{devmem.device} has {last - first} pages of device memory.")
     return 0

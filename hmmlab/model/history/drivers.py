@@ -13,11 +13,12 @@ import numpy as np
 from hmmlab.model.driver import Driver
 from hmmlab.model.entry import HMM_PFN_VALID, HMM_PFN_WRITE, Pfns, Words
 from hmmlab.model.history import today
-from hmmlab.model.history.era import EBUSY, Era, error_name
+from hmmlab.model.history.era import EBUSY, EFAULT, Era, error_name
 from hmmlab.model.hmm import HmmRange, hmm_range_fault
 from hmmlab.model.machine import KernelError, Routine, kernel
 from hmmlab.model.mm_types import mm_lock
 from hmmlab.model.mmu_notifier import (
+    Event,
     MmuNotifierRange,
     mmu_interval_read_begin,
     mmu_interval_read_retry,
@@ -68,6 +69,21 @@ class EraDriver(Driver):
                 return f"{start - first}, {end - first}"
         return f"{start:#x}, {end:#x}"
 
+    def map_answers(self, range: HmmRange) -> None:
+        """Map what was answered; until 5.6 a lookup could succeed and leave a page out.
+
+        Raises
+        ------
+        KernelError
+            EFAULT where a page has no answer, or none that can be written as it was asked for.
+        """
+        missing = (range.hmm_pfns & np.uint64(HMM_PFN_VALID)) == 0
+        if missing.any():
+            self.note(f"(no answer for {int(missing.sum())} pages)")
+            place = self.machine.names.place(range.mm, range.start, range.end)
+            raise KernelError(EFAULT, f"{place}: some pages have no answer")
+        super().map_answers(range)
+
     def looked(self, range: HmmRange) -> Routine[None]:
         """The answer is there, and the driver's lock not yet taken: others may run now."""
         yield from self._looked(range)
@@ -106,15 +122,20 @@ class Driver61(EraDriver):
         yield from super().release_file()
         self.note("mmu_interval_notifier_remove")
 
+    def event(self, range: MmuNotifierRange) -> Event:
+        """Why the range changes, in the words of this kernel."""
+        return range.event
+
     def invalidate(self, subscription: int, range: MmuNotifierRange, cur_seq: int) -> Any:
         """Forget the pages."""
         start, end = int(range.start[0]), int(range.end[-1])
-        self.note(f"invalidate({range.event.name}, {self.pages(start, end)})")
+        self.note(f"invalidate({self.event(range).name}, {self.pages(start, end)})")
         return super().invalidate(subscription, range, cur_seq)
 
-    def fault(self, range: HmmRange) -> Routine[None]:
-        """Fault as this kernel has it."""
+    def fault(self, range: HmmRange) -> Routine[int]:
+        """Fault as this kernel has it; returns its answer."""
         yield from hmm_range_fault(self.machine, range)
+        return 0
 
     def look(self, range: HmmRange) -> Routine[None]:
         """Look until nothing has changed meanwhile."""
@@ -124,8 +145,8 @@ class Driver61(EraDriver):
             self.note("mmu_interval_read_begin", f"number {range.notifier_seq}")
             yield from machine.down_read(lock)
             try:
-                yield from self.fault(range)
-                self.note("hmm_range_fault", 0)
+                answer = yield from self.fault(range)
+                self.note("hmm_range_fault", answer)
             except KernelError as error:
                 self.note("hmm_range_fault", -error.errno)
                 if error.errno != EBUSY:
@@ -147,11 +168,16 @@ class DriverToday(Driver61):
 
     era = Era.TODAY
 
-    def fault(self, range: HmmRange) -> Routine[None]:
-        """Fault as today's kernel has it."""
+    def event(self, range: MmuNotifierRange) -> Event:
+        """Breaking exclusive access is a CLEAR."""
+        return today.event_since_6_15(range)
+
+    def fault(self, range: HmmRange) -> Routine[int]:
+        """Fault as today's kernel has it; returns its answer."""
         yield from today.hmm_range_fault(self.machine, range)
         frames = today.hmm_pfn_to_pfn(range.hmm_pfns)
         range.hmm_pfns[:] = in_6_1(
             np.where((range.hmm_pfns & np.uint64(HMM_PFN_VALID)) != 0, frames, -1),
             (range.hmm_pfns & np.uint64(HMM_PFN_WRITE)) != 0,
         )
+        return 0

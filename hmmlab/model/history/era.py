@@ -42,10 +42,15 @@ class Era(enum.IntEnum):
     V5_2        running changes are counted; a range is valid again when there are none
     V5_3        an invalid range is -EBUSY, and the lock stays held
     V5_4        a snapshot is a flag of the fault; a mirror gets the notifier's own range
-    V5_7        no flags any more: a request decides; interval notifiers since 5.5
+    V5_5        no mirrors and no struct hmm: interval notifiers; 5.6 is the same
+    V5_7        no flags any more: a request decides
     V6_1        the reference
     TODAY       what has changed since
     =========== ==========================================================================
+
+    Untold are the months in which the interfaces were as in a neighbour: 5.8, whose words are those
+    of 6.1 without an order, and 5.9 to 6.0, which lack device-exclusive access until 5.14 and
+    coherent device memory until 6.0.
     """
 
     APRIL_2017 = 1
@@ -55,9 +60,10 @@ class Era(enum.IntEnum):
     V5_2 = 5
     V5_3 = 6
     V5_4 = 7
-    V5_7 = 8
-    V6_1 = 9
-    TODAY = 10
+    V5_5 = 8
+    V5_7 = 9
+    V6_1 = 10
+    TODAY = 11
 
     @property
     def label(self) -> str:

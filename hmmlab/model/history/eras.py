@@ -2,13 +2,16 @@
 
     print(side_by_side())
     print(side_by_side("during", change="mprotect"))
+    print(side_by_side("hole", eras=tuple(DRIVERS)))
 
-Every column is run: each era has a driver of its own on a
-machine of its own, and a cell holds what that driver called and was called in that moment.
+Every column is run: each era has a driver of its own on a machine of its own, and a cell holds what
+that driver called and was called in that moment. Eras in which nothing of the table changes are
+left out unless they are asked for.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -18,7 +21,16 @@ import numpy as np
 from hmmlab.model.entry import DEVICE_WRITE, RW, device_pfn, is_present, pfn_of
 from hmmlab.model.history.drivers import Driver61, DriverToday, EraDriver
 from hmmlab.model.history.era import Era
-from hmmlab.model.history.mirror_drivers import Driver52, Driver54, Driver414, Driver2017
+from hmmlab.model.history.interval_drivers import Driver55, Driver57
+from hmmlab.model.history.mirror_drivers import (
+    Driver52,
+    Driver53,
+    Driver54,
+    Driver414,
+    Driver417,
+    Driver420,
+    Driver2017,
+)
 from hmmlab.model.machine import KernelError, Machine, Steps
 from hmmlab.model.mm_types import mm_root
 from hmmlab.model.page_table import read_range
@@ -27,12 +39,28 @@ from hmmlab.model.region import Pages
 from hmmlab.model.schedule import interleave
 from hmmlab.model.trace import Step
 
-__all__ = ["CHANGES", "DRIVERS", "SCENARIOS", "SideBySide", "side_by_side"]
+__all__ = ["CHANGES", "COLUMNS", "DRIVERS", "SCENARIOS", "SideBySide", "side_by_side"]
 
-#: The driver of each era that has one.
+#: The driver of each era.
 DRIVERS: dict[Era, type[EraDriver]] = {
-    kind.era: kind for kind in (Driver2017, Driver414, Driver52, Driver54, Driver61, DriverToday)
+    kind.era: kind
+    for kind in (
+        Driver2017,
+        Driver414,
+        Driver417,
+        Driver420,
+        Driver52,
+        Driver53,
+        Driver54,
+        Driver55,
+        Driver57,
+        Driver61,
+        DriverToday,
+    )
 }
+
+#: The eras that are told when nobody says which.
+COLUMNS = (Era.APRIL_2017, Era.V4_14, Era.V5_2, Era.V5_4, Era.V6_1, Era.TODAY)
 
 _RAM_PAGES = 4096
 _PAGES, _CHANGED = 8, 4
@@ -89,6 +117,11 @@ CHANGES: dict[str, Callable[[Process, Pages], Steps]] = {
     "dontneed": lambda process, pages: process.steps.madvise(pages, "dontneed"),
     "munmap": lambda process, pages: process.steps.munmap(pages),
     "mprotect": lambda process, pages: process.steps.mprotect(pages, "r"),
+    "mremap": lambda process, pages: process.steps.mremap(pages),
+    "fork": lambda process, pages: process.steps.fork(),
+    "pageout": lambda process, pages: process.steps.madvise(pages, "pageout"),
+    "migrate": lambda process, pages: process.files["other"].steps.to_dev(pages),
+    "store": lambda process, pages: process.steps.store(pages, 900),
 }
 
 
@@ -103,10 +136,17 @@ class _Stage:
         self.process = Process(self.machine)
         self.device: EraDriver = DRIVERS[era](self.process, "d0")
         self.process.files["d0"] = self.device
+        if change == "migrate":
+            self.process.open(1, "other")
         self.pages = self.process.mmap(_PAGES)
         self.process.store(self.pages, range(100, 100 + _PAGES))
-        self.cpu = CHANGES[change](self.process, self.pages[:_CHANGED])
+        self.change = change
         self.read = self.device.steps.read
+
+    @functools.cached_property
+    def cpu(self) -> Steps:
+        """What the CPU does, not yet begun when it is asked for first."""
+        return CHANGES[self.change](self.process, self.pages[:_CHANGED])
 
     def until(self, steps: Steps, done: Callable[[Step], bool]) -> None:
         """Advance an operation until a step is the one, or it has to wait, or it ends."""
@@ -132,6 +172,29 @@ class _Stage:
 
 
 Moments = Iterator[tuple[str, tuple[str, ...]]]
+
+
+def _reads(stage: _Stage) -> Moments:
+    """The device reads the range, and closes."""
+    device = stage.device
+    device.open()
+    yield "the device opens", device.take_calls()
+    stage.until(stage.read(stage.pages), lambda step: False)
+    yield "it reads", device.take_calls()
+    yield "so the device has", stage.outcome()
+    device.close()
+    yield "the device closes", device.take_calls()
+
+
+def _hole(stage: _Stage) -> Moments:
+    stage.process.munmap(stage.pages[2:4])
+    yield from _reads(stage)
+
+
+def _untouched(stage: _Stage) -> Moments:
+    stage.process.madvise(stage.pages, "dontneed")
+    stage.process.load(stage.pages)  # so each page is the zero page
+    yield from _reads(stage)
 
 
 def _between(stage: _Stage) -> Moments:
@@ -177,6 +240,8 @@ SCENARIOS: dict[str, tuple[str, Callable[[_Stage], Moments]]] = {
         _between,
     ),
     "during": ("A device faults eight pages while a change of four of them runs.", _during),
+    "hole": ("A device faults eight pages, of which the CPU has unmapped two.", _hole),
+    "untouched": ("A device faults eight pages that the CPU has only read.", _untouched),
 }
 
 
@@ -184,7 +249,7 @@ def side_by_side(
     scenario: str = "between",
     *,
     change: str = "dontneed",
-    eras: Sequence[Era] = tuple(DRIVERS),
+    eras: Sequence[Era] = COLUMNS,
 ) -> SideBySide:
     """Run a scenario in several eras.
 
@@ -193,7 +258,7 @@ def side_by_side(
     scenario
         A name in :data:`SCENARIOS`.
     change
-        A name in :data:`CHANGES`: what the CPU does.
+        A name in :data:`CHANGES`: what the CPU does meanwhile, in ``between`` and ``during``.
     eras
         The columns; each must have a driver.
 

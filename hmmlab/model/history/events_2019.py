@@ -46,7 +46,7 @@ MMU_NOTIFIER_RANGE_BLOCKABLE = 1 << 0
 MMU_NOTIFIER_USE_CHANGE_PTE = 1 << 1
 
 #: Functions that set a word with ``set_pte_at_notify`` where a listener may rely on it: a copy on
-#: write, and the two halves of merging equal pages (KSM).
+#: write, and the two halves of merging equal pages (KSM). The fourth, uprobes, is left out.
 CHANGE_PTE_SITES = ("wp_page_copy", "write_protect_page", "replace_page")
 
 
@@ -133,6 +133,8 @@ class MmuNotifierOps(Protocol):
 
 class _Listener:
     """Tells a listener of 2019 what a classic notifier of 6.1 hears."""
+
+    unpaired = True
 
     def __init__(self, machine: Machine, ops: MmuNotifierOps, marks: bool) -> None:
         self.machine, self.ops, self.marks = machine, ops, marks

@@ -25,6 +25,7 @@ from hmmlab.model.history.devmem_2017 import HMM_DEVMEM_OWNER, HmmDevmem
 from hmmlab.model.history.era import EINVAL
 from hmmlab.model.machine import Machine, Routine, kernel
 from hmmlab.model.migrate import (
+    SELECT_DEVICE_COHERENT,
     SELECT_DEVICE_PRIVATE,
     SELECT_SYSTEM,
     MigrateVma,
@@ -117,7 +118,7 @@ def migrate_vma(
         vma,
         np.arange(start, end),
         HMM_DEVMEM_OWNER,
-        SELECT_SYSTEM | SELECT_DEVICE_PRIVATE,
+        SELECT_SYSTEM | SELECT_DEVICE_PRIVATE | SELECT_DEVICE_COHERENT,
         fault_pages=_faulting(machine),
     )
     yield from migrate_vma_setup(machine, migrate)

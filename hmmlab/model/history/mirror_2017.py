@@ -123,7 +123,7 @@ def hmm_mirror_register(
         yield machine.step("It tries again, for hmm->mm is empty.", mm, lock="an empty hmm->mm")
     mirrors = int(machine["hmm.mirrors_lock"][hmm])
     yield from machine.down_write(mirrors)
-    mirror.row = machine.take("hmm_mirror.hmm")
+    mirror.hmm, mirror.row = hmm, machine.take("hmm_mirror.hmm")
     machine.write("hmm_mirror.hmm", mirror.row, hmm)
     machine.write("hmm_mirror.order", mirror.row, int(machine["hmm_mirror.order"].max()) + 1)
     machine.objects.setdefault("hmm_mirror", {})[mirror.row] = mirror
@@ -152,6 +152,8 @@ def hmm_mirror_unregister(machine: Machine, mirror: HmmMirror) -> Routine[None]:
     forgot = bool(machine["hmm.forgot_mm"][hmm])
     if Era.V4_17 <= era < Era.V5_2:
         machine.write("hmm.forgot_mm", hmm, 1)
+    if era >= Era.V4_17:
+        mirror.hmm = 0
     machine.up_write(mirrors)
     yield machine.step("The mirror hears no more.", mm)
     if era >= Era.V4_17 and last and not forgot:

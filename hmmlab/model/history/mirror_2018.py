@@ -1,8 +1,8 @@
 """Mirrors of 4.20 to 5.4: they are told at the start of a change, and may refuse it.
 
 At the end it is too late: the CPU's page table has changed, and the device goes on reading and
-writing frames that may belong to somebody else. Since 4.20 the callbacks run at the start, so when
-the table changes the device has stopped.
+writing the old frames; what it writes now is lost, and which pages it has dirtied nobody asks any
+more. Since 4.20 the callbacks run at the start, so when the table changes the device has stopped.
 
 From 5.2 on changes are counted. A range that a change touches is not valid until the last running
 change has ended; then *every* range is valid again, also the one that has changed. Whoever looks

@@ -1,14 +1,15 @@
-"""Small drivers of the eras of hmm_mirror: April 2017, 4.14, 5.2, 5.4."""
+"""Small drivers of the eras of hmm_mirror: April 2017 to 5.4."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from hmmlab.model.driver import Driver
 from hmmlab.model.entry import HMM_PFN_REQ_WRITE, Words
-from hmmlab.model.history import lookup_2017, range_2019
+from hmmlab.model.history import lookup_2017, lookup_2018, range_2019
 from hmmlab.model.history.drivers import EraDriver, in_6_1
 from hmmlab.model.history.era import EAGAIN, EBUSY, EFAULT, Era
 from hmmlab.model.history.mirror_2017 import hmm_mirror_register, hmm_mirror_unregister
@@ -19,7 +20,16 @@ from hmmlab.model.machine import KernelError, Routine, kernel
 from hmmlab.model.mm_types import Vma, mm_lock, vma_lookup
 from hmmlab.model.mmu_notifier import MmuNotifierRange
 
-__all__ = ["Driver52", "Driver54", "Driver414", "Driver2017"]
+__all__ = [
+    "Driver52",
+    "Driver53",
+    "Driver54",
+    "Driver414",
+    "Driver417",
+    "Driver420",
+    "Driver2017",
+    "in_2018",
+]
 
 
 class _MirrorDriver(EraDriver):
@@ -55,6 +65,15 @@ class _MirrorDriver(EraDriver):
         """The error of an operation whose lookup was refused."""
         place = self.machine.names.place(range.mm, range.start, range.end)
         return KernelError(-answer, f"{place}: the lookup was refused")
+
+
+def in_2018(range: HmmRange) -> HmmRange2018:
+    """A request of 6.1 in a driver's own encoding, as default flags."""
+    asked = HmmRange2018(range.start, range.end, np.zeros(range.end - range.start, np.uint64))
+    asked.default_flags = asked.flags[0]
+    if range.default_flags & HMM_PFN_REQ_WRITE:
+        asked.default_flags |= asked.flags[1]
+    return asked
 
 
 class _Callbacks:
@@ -113,16 +132,18 @@ class Driver414(_MirrorDriver):
     """
 
     era = Era.V4_14
+    #: What a lookup answers when a fault has given the mmap_lock up.
+    dropped = -EBUSY
 
     def look(self, range: HmmRange) -> Routine[None]:
         """Look until the answer holds; the mmap_lock is held all the while."""
         machine, lock = self.machine, mm_lock(self.machine, self.mm)
         while True:
             yield from machine.down_read(lock)
-            pfns = np.zeros(range.end - range.start, np.uint64)
-            parts: list[tuple[Vma, lookup_2017.HmmRange]] = []
-            answer = yield from self._look_parts(range, pfns, parts)
-            if answer == -EBUSY:  # the lock is gone
+            answers = range.hmm_pfns.copy()
+            parts: list[Callable[[], bool]] = []
+            answer = yield from self._look_parts(range, parts)
+            if answer == self.dropped:  # the lock is gone
                 self._done(parts)
                 continue
             if not answer:
@@ -133,37 +154,81 @@ class Driver414(_MirrorDriver):
             if answer:
                 raise self.refuse(range, answer)
             if valid:
-                writable = (pfns & np.uint64(lookup_2017.HMM_PFN_WRITE)) != 0
-                range.hmm_pfns[:] = in_6_1(lookup_2017.hmm_pfn_t_to_pfn(pfns), writable)
                 return
+            range.hmm_pfns[:] = answers
             machine.up_write(self.lock)
 
-    def _look_parts(
-        self, range: HmmRange, pfns: Words, parts: list[tuple[Vma, lookup_2017.HmmRange]]
-    ) -> Routine[int]:
-        write = bool(range.default_flags & HMM_PFN_REQ_WRITE)
+    def _look_parts(self, range: HmmRange, parts: list[Callable[[], bool]]) -> Routine[int]:
         at = range.start
         while at < range.end:  # over mappings
             vma = vma_lookup(self.machine, self.mm, at)
             if vma is None:
                 return -EFAULT
-            end, tracked = min(range.end, vma.end), lookup_2017.HmmRange()
-            part = pfns[at - range.start : end - range.start]
-            answer = yield from lookup_2017.hmm_vma_fault(
-                self.machine, vma, tracked, at, end, part, write, True
-            )
+            end = min(range.end, vma.end)
+            words = range.hmm_pfns[at - range.start : end - range.start]
+            answer, done = yield from self.look_up(vma, at, end, range, words)
             self.note("hmm_vma_fault", answer)
             if answer:
                 return answer
-            parts.append((vma, tracked))
+            parts.append(done)
             at = end
         return 0
 
-    def _done(self, parts: list[tuple[Vma, lookup_2017.HmmRange]]) -> bool:
-        valid = [lookup_2017.hmm_vma_range_done(self.machine, *part) for part in parts]
+    def look_up(
+        self, vma: Vma, start: int, end: int, range: HmmRange, words: Words
+    ) -> Routine[tuple[int, Callable[[], bool]]]:
+        """Look a part of one mapping up; returns the answer, and what ends the tracking of it."""
+        machine, tracked = self.machine, lookup_2017.HmmRange()
+        pfns = np.zeros(end - start, np.uint64)
+        write = bool(range.default_flags & HMM_PFN_REQ_WRITE)
+        answer = yield from lookup_2017.hmm_vma_fault(
+            machine, vma, tracked, start, end, pfns, write, True
+        )
+
+        def done() -> bool:
+            writable = (pfns & np.uint64(lookup_2017.HMM_PFN_WRITE)) != 0
+            words[:] = in_6_1(lookup_2017.hmm_pfn_t_to_pfn(pfns), writable)
+            return lookup_2017.hmm_vma_range_done(machine, vma, tracked)
+
+        return answer, done
+
+    def _done(self, parts: list[Callable[[], bool]]) -> bool:
+        valid = [done() for done in parts]
         for answer in valid:
             self.note("hmm_vma_range_done", answer)
         return all(valid)
+
+
+class Driver417(Driver414):
+    """4.17: the same with a range for argument, the driver's encoding, and -EAGAIN."""
+
+    era = Era.V4_17
+    dropped = -EAGAIN
+
+    def look_up(
+        self, vma: Vma, start: int, end: int, range: HmmRange, words: Words
+    ) -> Routine[tuple[int, Callable[[], bool]]]:
+        """Each page says itself what it wants."""
+        machine, tracked = self.machine, in_2018(range)
+        tracked.start, tracked.end = start, end
+        tracked.pfns = np.full(end - start, tracked.default_flags, np.uint64)
+        answer = yield from lookup_2018.hmm_vma_fault(machine, vma, tracked, True, self.era)
+
+        def done() -> bool:
+            words[:] = _answered(tracked)
+            return lookup_2018.hmm_vma_range_done(machine, tracked)
+
+        return answer, done
+
+
+class Driver420(Driver417):
+    """4.20: the same lookup; the callback comes before the change, with a ``struct hmm_update``."""
+
+    era = Era.V4_20
+
+
+def _answered(range: HmmRange2018) -> Words:
+    return in_6_1(range.device_entry_to_pfn(range.pfns), (range.pfns & range.write_bit) != 0)
 
 
 class Driver52(_MirrorDriver):
@@ -175,16 +240,19 @@ class Driver52(_MirrorDriver):
         """Fault as this kernel has it: with ``block``."""
         return (yield from range_2019.hmm_range_fault(self.machine, range, True))
 
+    def register(self, range: HmmRange2018) -> Routine[int]:
+        """Register as this kernel has it: with the address space."""
+        return (
+            yield from range_2019.hmm_range_register(
+                self.machine, range, self.mm, range.start, range.end
+            )
+        )
+
     def look(self, range: HmmRange) -> Routine[None]:
         """Look until the range is valid; the mmap_lock is held all the while."""
         machine, lock = self.machine, mm_lock(self.machine, self.mm)
-        asked = HmmRange2018(pfns=np.zeros(range.end - range.start, np.uint64))
-        asked.default_flags = asked.flags[0]
-        if range.default_flags & HMM_PFN_REQ_WRITE:
-            asked.default_flags |= asked.flags[1]
-        answer = yield from range_2019.hmm_range_register(
-            machine, asked, self.mm, range.start, range.end, era=self.era
-        )
+        asked = in_2018(range)
+        answer = yield from self.register(asked)
         self.note("hmm_range_register", answer)
         if answer:
             raise self.refuse(range, answer)
@@ -214,14 +282,31 @@ class Driver52(_MirrorDriver):
         finally:
             range_2019.hmm_range_unregister(machine, asked)
             self.note("hmm_range_unregister")
-        writable = (asked.pfns & asked.write_bit) != 0
-        range.hmm_pfns[:] = in_6_1(asked.device_entry_to_pfn(asked.pfns), writable)
+        range.hmm_pfns[:] = _answered(asked)
+
+
+class Driver53(Driver52):
+    """5.3: the same with the mirror for argument, and -EBUSY for a range that is not valid."""
+
+    era = Era.V5_3
+
+    def register(self, range: HmmRange2018) -> Routine[int]:
+        """Register as this kernel has it: with the mirror."""
+        return (
+            yield from range_2019.hmm_range_register(
+                self.machine, range, self.mirror, range.start, range.end
+            )
+        )
 
 
 class Driver54(Driver52):
     """5.4: the same with flags, and the callback gets the notifier's range."""
 
     era = Era.V5_4
+
+    def register(self, range: HmmRange2018) -> Routine[int]:
+        """Register as this kernel has it: the range says itself where it is."""
+        return (yield from range_2019.hmm_range_register(self.machine, range, self.mirror))
 
     def fault(self, range: HmmRange2018) -> Routine[int]:
         """Fault as this kernel has it: without HMM_FAULT_ALLOW_RETRY, so the lock stays held."""

@@ -1,4 +1,4 @@
-"""hmm_range_register, _snapshot, _fault, _wait_until_valid, _unregister: 5.2 to 5.7.
+"""hmm_range_register, _snapshot, _fault, _wait_until_valid, _unregister: 5.2 to 5.4.
 
 A range is registered once and looked at as often as one likes. It is not valid while a change that
 touches it runs; a driver waits until it is, looks, takes the lock of its own page table, and uses
@@ -8,7 +8,7 @@ and ended in between leaves no mark (the hole that 5.5's sequence numbers close)
 How a lookup says that the range is not valid, and whether the mmap_lock is held then:
 
 ====================  ==========================  =====================  ==================
-                      5.2                         5.3                    5.4 and 5.7
+                      5.2                         5.3                    5.4
 ====================  ==========================  =====================  ==================
 fault, at its start   -EAGAIN, lock given up      -EBUSY, held           -EBUSY, held
 fault, after a walk   -EBUSY, held                -EBUSY, held           -EBUSY, held
@@ -18,7 +18,10 @@ a fault must wait     -EAGAIN, lock given up      -EAGAIN, lock given up  the sa
 
 Lookups return how many pages they have answered, or a negative errno. Functions take page numbers.
 
-Source: mm/hmm.c of 5.2, 5.3, 5.4, 5.7.
+Left out is a ``page_shift`` above that of a page: it made one entry of ``pfns`` of each huge page,
+and no driver asked for it.
+
+Source: mm/hmm.c of 5.2, 5.3, 5.4.
 """
 
 from __future__ import annotations
@@ -27,6 +30,7 @@ from hmmlab.model.geometry import PAGE_SHIFT
 from hmmlab.model.history.era import EAGAIN, EBUSY, EFAULT, EINVAL, EPERM, Era
 from hmmlab.model.history.mirror_2017 import hmm_register
 from hmmlab.model.history.ranges import is_valid, track, untrack
+from hmmlab.model.history.struct_hmm import HmmMirror
 from hmmlab.model.history.walk_2018 import (
     HmmPfnValue,
     HmmRange,
@@ -44,19 +48,20 @@ from hmmlab.model.mm_types import (
     find_vma,
     mm_lock,
 )
-from hmmlab.model.mmu_notifier import mmu_interval_check_retry
 
 __all__ = [
+    "DEVICE_VMA",
     "HMM_FAULT_ALLOW_RETRY",
     "HMM_FAULT_SNAPSHOT",
     "HMM_RANGE_DEFAULT_TIMEOUT",
     "hmm_range_fault",
-    "hmm_range_fault_5_7",
     "hmm_range_register",
     "hmm_range_snapshot",
     "hmm_range_unregister",
     "hmm_range_valid",
     "hmm_range_wait_until_valid",
+    "hmm_vma_fault",
+    "hmm_vma_range_done",
 ]
 
 #: Flags of :func:`hmm_range_fault` in 5.4.
@@ -73,30 +78,50 @@ _NONE = HmmPfnValue.HMM_PFN_NONE
 def hmm_range_register(
     machine: Machine,
     range: HmmRange,
-    mm: int,
-    start: int,
-    end: int,
+    of: int | HmmMirror,
+    start: int | None = None,
+    end: int | None = None,
     page_shift: int = PAGE_SHIFT,
-    era: Era = Era.V5_2,
 ) -> Routine[int]:
     """Track pages ``start`` to ``end - 1``; not valid at first where a change runs.
 
-    Since 5.4 there is no ``page_shift``, and the mm is that of the mirror.
+    Parameters
+    ----------
+    of
+        The address space in 5.2, which makes a struct hmm when there is none; the mirror in 5.3
+        and 5.4.
+    start, end, page_shift
+        Until 5.3. In 5.4 the range says itself where it is, and there is no ``page_shift``.
 
     Returns
     -------
     0; -EINVAL where the range is empty, or its edges are not multiples of ``2**page_shift`` bytes;
     -EFAULT where the address space is dying or no struct hmm can be had.
+
+    Raises
+    ------
+    ValueError
+        For arguments of another kernel than the mirror's, or a mirror that is not registered.
     """
+    if isinstance(of, HmmMirror):
+        era = Era(int(machine["hmm.era"][of.hmm])) if of.hmm else None
+        if era not in (Era.V5_3, Era.V5_4):
+            what = era.label if era else "one that is registered with nothing"
+            raise ValueError(f"the mirror is {what}; only 5.3 and 5.4 take one")
+        hmm = of.hmm
+        if (start is None) != (era is Era.V5_4) or (end is None) != (era is Era.V5_4):
+            raise ValueError("5.3 takes start and end; since 5.4 they stand in the range")
+    else:
+        hmm = yield from hmm_register(machine, of, Era.V5_2)
+    start, end = range.start if start is None else start, range.end if end is None else end
     pages = 1 << max(page_shift - PAGE_SHIFT, 0)
     if start % pages or end % pages or start >= end:
         return -EINVAL
-    hmm = yield from hmm_register(machine, mm, era)
     if not hmm or machine["hmm.dead"][hmm]:
         return -EFAULT
     range.start, range.end, range.hmm = start, end, hmm
     track(machine, hmm, range, valid=not machine["hmm.notifiers"][hmm])
-    yield machine.step("The range {range} is registered.", mm, start, end)
+    yield machine.step("The range {range} is registered.", int(machine["hmm.mm"][hmm]), start, end)
     return 0
 
 
@@ -181,9 +206,10 @@ def hmm_range_fault(machine: Machine, range: HmmRange, how: bool | int) -> Routi
 
     Returns
     -------
-    How many pages were answered; -EPERM where a write is asked for and forbidden, or a page cannot
-    be read; -EFAULT as for :func:`hmm_range_snapshot`, or where a fault fails; -EAGAIN and -EBUSY
-    as the table above says. After an error the pfns from the failing page on are NONE.
+    How many pages were answered; -EPERM where a page cannot be read, or in 5.4 where a write is
+    asked for and forbidden (see :func:`~hmmlab.model.history.walk_2018.walk_vma`); -EFAULT as for
+    :func:`hmm_range_snapshot`, or where a fault fails; -EAGAIN and -EBUSY as the table above says.
+    After an error the pfns from the failing page on are NONE.
     """
     era = _era_of(machine, range)
     if machine["hmm.dead"][range.hmm]:
@@ -215,39 +241,48 @@ def hmm_range_fault(machine: Machine, range: HmmRange, how: bool | int) -> Routi
     return at - range.start
 
 
-@kernel("mm/hmm.c, 5.7", "hmm_range_fault")
-def hmm_range_fault_5_7(machine: Machine, range: HmmRange, mm: int) -> Routine[int]:
-    """Look at a range under an interval subscription, as 5.7 does: no flags, still a count.
+# --- the old names --------------------------------------------------------------------------------
 
-    The request alone decides: with ``default_flags`` and ``pfn_flags_mask`` 0 it is a snapshot.
-    The caller holds the mmap_lock, and nothing gives it up.
+
+def hmm_vma_fault(
+    machine: Machine, of: int | HmmMirror, range: HmmRange, block: bool
+) -> Routine[int]:
+    """What 5.2 and 5.3 keep of the function of 4.17, for drivers of other trees: all in one.
+
+    ``of`` is as for :func:`hmm_range_register`; 5.2 has the address space from the range's mapping.
+    Every page is asked for what it says itself.
 
     Returns
     -------
-    How many pages were answered; -EBUSY where the range was invalidated since ``read_begin``;
-    -EFAULT where a page is asked for that cannot be had; -EPERM where a write is forbidden. After
-    an error the pfns from the failing page on are as they were.
+    0, and then :func:`hmm_vma_range_done` must follow; -EAGAIN where the range was not valid in
+    time, and then it stays tracked, for nobody thought of it; -EBUSY where it was invalidated
+    meanwhile; what :func:`hmm_range_register` and :func:`hmm_range_fault` answer else. After
+    -EAGAIN and -EBUSY the mmap_lock is no longer held.
     """
-    walk = WalkHow(Era.V5_7, fault=True)
-    at = range.start
-    while at < range.end:
-        if mmu_interval_check_retry(machine, range.notifier, range.notifier_seq):
-            return -EBUSY
-        vma = find_vma(machine, mm, at)
-        if vma is None or vma.start > at or vma.flags & _DEVICE_VMA or not vma.flags & VM_READ:
-            end = range.end if vma is None else vma.start if vma.start > at else vma.end
-            end = min(end, range.end)
-            if refused := walk_gap(range, at, end, walk):
-                return refused
-            at = end
-            continue
-        answer, at = yield from walk_vma(machine, range, vma, at, min(range.end, vma.end), walk)
-        if answer not in (0, -EBUSY):
-            return answer
-    return at - range.start
+    range.default_flags, range.pfn_flags_mask = 0, (1 << 64) - 1
+    refused = yield from hmm_range_register(machine, range, of, range.start, range.end)
+    if refused:
+        return refused
+    lock = mm_lock(machine, int(machine["hmm.mm"][range.hmm]))
+    if not (yield from hmm_range_wait_until_valid(machine, range)):
+        machine.up_read(lock)
+        return -EAGAIN
+    answer = yield from hmm_range_fault(machine, range, block)
+    if answer > 0:
+        return 0
+    hmm_range_unregister(machine, range)
+    if answer in (0, -EBUSY):
+        machine.up_read(lock)
+    return -EBUSY if answer in (0, -EBUSY, -EAGAIN) else answer
 
 
-_DEVICE_VMA = VM_IO | VM_PFNMAP | VM_MIXEDMAP
+def hmm_vma_range_done(machine: Machine, range: HmmRange) -> bool:
+    """End the tracking. Returns whether the range is valid, which it is after every change."""
+    return untrack(machine, range)
+
+
+#: Mappings that no lookup of 5.2 and later touches.
+DEVICE_VMA = VM_IO | VM_PFNMAP | VM_MIXEDMAP
 
 
 def _era_of(machine: Machine, range: HmmRange) -> Era:
@@ -266,7 +301,7 @@ def _era_of(machine: Machine, range: HmmRange) -> Era:
 def _vma(machine: Machine, range: HmmRange, at: int) -> tuple[Vma | None, int]:
     """The mapping of page ``at``, or the next one above it; or None and the error."""
     vma = find_vma(machine, int(machine["hmm.mm"][range.hmm]), at)
-    if vma is None or vma.flags & _DEVICE_VMA:
+    if vma is None or vma.flags & DEVICE_VMA:
         return None, -EFAULT
     if not vma.flags & VM_READ:
         range.pfns[:] = range.value(_NONE)

@@ -83,13 +83,15 @@ class HmmMirror:
     ----------
     ops
         The driver's callbacks.
+    hmm
+        Row of the struct hmm that it was registered with; 0 before, and since 4.17 after it.
     row
         Row of its ``hmm_mirror.*`` columns while it is registered, else 0.
     """
 
     def __init__(self, ops: HmmMirrorOps | None) -> None:
         self.ops = ops
-        self.row = 0
+        self.hmm = self.row = 0
 
 
 class Hmm:
@@ -100,6 +102,8 @@ class Hmm:
     """
 
     of_era: ClassVar[dict[Era, type[Hmm]]] = {}
+    #: Before 5.12 nobody's end was called after a refusal.
+    unpaired = True
 
     def __init__(self, machine: Machine, era: Era, row: int) -> None:
         self.machine, self.era, self.row = machine, era, row

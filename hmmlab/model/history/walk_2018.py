@@ -39,7 +39,7 @@ from hmmlab.model.history.era import EBUSY, EFAULT, EPERM, Era
 from hmmlab.model.history.fault import fault_pages
 from hmmlab.model.history.ranges import TrackedRange
 from hmmlab.model.machine import Machine, Routine, kernel
-from hmmlab.model.mm_types import VM_WRITE, Vma, mm_root
+from hmmlab.model.mm_types import VM_HUGETLB, VM_WRITE, Vma, mm_root
 from hmmlab.model.page import ZERO_PFN, pagemap_of
 from hmmlab.model.page_table import Run, walk
 
@@ -169,8 +169,8 @@ def walk_vma(
 
     Notes
     -----
-    5.2 and 5.3 promise the -EPERM and forget to test for it; the fault of such a page repeats
-    without end there. The promise is kept here.
+    Until 5.3 nobody asks whether the mapping may be written: the fault of such a page repeats
+    without end. 5.4 has the -EPERM that was promised before.
     """
     for run in walk(machine, mm_root(machine, vma.mm), start, end):
         if run.row < 0:
@@ -218,6 +218,8 @@ def _walk_pmd(
     machine: Machine, range: HmmRange, vma: Vma, run: Run, how: WalkHow
 ) -> Routine[tuple[int, int]]:
     """Pages with page tables: answer up to the first that lacks something, fault from there."""
+    if run.huge:
+        return (yield from _walk_huge(machine, range, vma, run, how))
     words = machine["pte"][run.row : run.row + run.stop - run.start].copy()
     part = range.part(run.start, run.stop)
     seen = _look(machine, range, how, words, range.pfns[part].copy())
@@ -243,6 +245,29 @@ def _walk_pmd(
     return (yield from _fault(machine, range, vma, at, stop, bool(seen.write[first]), how)), at
 
 
+def _walk_huge(
+    machine: Machine, range: HmmRange, vma: Vma, run: Run, how: WalkHow
+) -> Routine[tuple[int, int]]:
+    """Pages of huge words: what one page of a word asks for is asked of all that are looked at.
+
+    Of huge pages from a pool only the first page of a word is asked. The huge page of zeros is like
+    any other here.
+    """
+    first = align_down(run.start, PMD_PAGES)
+    for block in np.arange(first, run.stop, PMD_PAGES).tolist():  # over PMD words
+        at, stop = max(block, run.start), min(block + PMD_PAGES, run.stop)
+        row = run.row + at - run.start
+        words = machine["pte"][row : row + stop - at].copy()
+        part = range.part(at, stop)
+        seen = _look(machine, range, how, words, range.pfns[part].copy(), huge=True)
+        asked = slice(0, 1) if vma.flags & VM_HUGETLB else slice(None)
+        if seen.fault[asked].any():
+            write = bool(seen.write[asked].any())
+            return (yield from _fault(machine, range, vma, at, stop, write, how)), at
+        range.pfns[part] = seen.answers
+    return 0, run.stop
+
+
 class _Seen(NamedTuple):
     """What a walk finds in some words: arrays of one value a word.
 
@@ -257,8 +282,16 @@ class _Seen(NamedTuple):
     bad: Bools
 
 
-def _look(machine: Machine, range: HmmRange, how: WalkHow, words: Words, inputs: Words) -> _Seen:
-    """Look at words (``hmm_vma_handle_pte``).
+def _look(
+    machine: Machine,
+    range: HmmRange,
+    how: WalkHow,
+    words: Words,
+    inputs: Words,
+    *,
+    huge: bool = False,
+) -> _Seen:
+    """Look at words (``hmm_vma_handle_pte``, ``hmm_vma_handle_pmd``).
 
     Until 5.3 a page that is swapped out, and until 5.6 one that is moving, is reported as absent
     and no request brings it in. From 5.2 to 5.4 the zero page is special, and so an error.
@@ -277,8 +310,9 @@ def _look(machine: Machine, range: HmmRange, how: WalkHow, words: Words, inputs:
         owners = machine["pagemap.owner"][pagemap_of(machine, frames)]
         private &= (owners == range.dev_private_owner) & (owners != 0)
         named = present | private
+    if how.era >= Era.V5_5:
         special &= frames != ZERO_PFN
-    elif how.era < Era.V5_2:
+    if huge or how.era < Era.V5_2:
         special[:] = False
     nothing = np.uint64(0)
     cpu = np.where(named, range.valid_bit, nothing)
@@ -318,7 +352,15 @@ def _fault(
     forgotten when the walk comes back.
     """
     if write and not vma.flags & VM_WRITE:
-        return -EPERM
+        if how.era >= Era.V5_4:
+            return -EPERM
+        yield machine.step(
+            "{range} cannot be written; it faults, and faults again.",
+            vma.mm,
+            start,
+            stop,
+            lock="the right to write",
+        )
     if how.era < Era.V5_7:
         range.pfns[range.part(start, stop)] = range.value(HmmPfnValue.HMM_PFN_NONE)
     answer = yield from fault_pages(machine, vma, start, stop, write, may_retry=how.may_retry)

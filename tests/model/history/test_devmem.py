@@ -4,17 +4,22 @@ import numpy as np
 import pytest
 
 from hmmlab.invariants import violations
+from hmmlab.model.access import get_user_pages
 from hmmlab.model.entry import RW, is_device_private, pfn_of, swap_offset_pfn
 from hmmlab.model.geometry import PAGE_SIZE, SECTION_PAGES
 from hmmlab.model.history import migrate_2017
 from hmmlab.model.history.devmem_2017 import (
+    IORES_DESC_DEVICE_PRIVATE_MEMORY,
+    IORES_DESC_DEVICE_PUBLIC_MEMORY,
     VM_FAULT_ERROR,
     VM_FAULT_MAJOR,
     VM_FAULT_MINOR,
     VM_FAULT_OOM,
     VM_FAULT_SIGBUS,
     HmmDevmem,
+    Resource,
     hmm_devmem_add,
+    hmm_devmem_add_resource,
     hmm_devmem_page_get_drvdata,
     hmm_devmem_page_set_drvdata,
     hmm_devmem_pages_create,
@@ -34,6 +39,7 @@ from hmmlab.model.history.migrate_2017 import (
     migrate_vma,
 )
 from hmmlab.model.machine import KernelError
+from hmmlab.model.memory import FAULT_FLAG_REMOTE, FAULT_FLAG_WRITE
 from hmmlab.model.mm_types import VM_HUGETLB, VM_PFNMAP, mm_lock, mm_root, vma_lookup
 from hmmlab.model.page import (
     PG_LOCKED,
@@ -162,6 +168,10 @@ def test_the_search_goes_from_the_top_downwards_in_steps_of_the_size(machine, ru
     assert two.pfn_first == PHYSICAL_PAGES - 8 * SECTION_PAGES
 
 
+def test_nothing_is_enomem(machine, run, card):
+    assert run(hmm_devmem_add(machine, card, "card", 0)) == -12
+
+
 def test_no_place_is_erange(machine, run, card):
     assert run(hmm_devmem_add(machine, card, "card", 1 << 45)) == -34
     assert machine.objects.get("hmm_devmem", {}) == {}
@@ -211,6 +221,43 @@ def test_drvdata_is_a_word_of_the_drivers_own(machine, card):
     assert hmm_devmem_page_get_drvdata(machine, pages).tolist() == [9, 9, (1 << 64) - 1]
 
 
+# --- 4.14: hmm_devmem_add_resource ----------------------------------------------------------------
+
+
+PUBLIC = IORES_DESC_DEVICE_PUBLIC_MEMORY
+
+
+def test_memory_that_the_cpu_reaches_is_mapped_and_freed_and_never_faults(machine, process, card):
+    first = PHYSICAL_PAGES - 32 * SECTION_PAGES
+    res = Resource(first, first + SECTION_PAGES, PUBLIC)
+    card.devmem = card.run(hmm_devmem_add_resource(machine, card, "card", res))
+    assert (card.devmem.pfn_first, card.devmem.pfn_last) == (res.start, res.end)
+    card.free_pages = list(range(first, first + 8))
+    a = process.mmap(2)
+    process.store(a, [5, 6])
+    card.take(a)
+    assert pfn_of(card.words(a)).tolist() == [first, first + 1]
+    assert process.load(a).tolist() == [5, 6] and card.faults == []
+    assert not is_device_private(card.words(a)).any()
+    process.munmap(a[1])
+    assert card.freed == [first + 1] and violations(machine) == []
+
+
+def test_the_resource_must_be_public_and_nobodys(machine, run, card, use_up_ram):
+    first = PHYSICAL_PAGES - 32 * SECTION_PAGES
+    edges = first, first + SECTION_PAGES
+    private = Resource(*edges, IORES_DESC_DEVICE_PRIVATE_MEMORY)
+    assert run(hmm_devmem_add_resource(machine, card, "card", private)) == -22
+    ram = Resource(0, SECTION_PAGES, PUBLIC)
+    assert run(hmm_devmem_add_resource(machine, card, "card", ram)) == -6
+    free = use_up_ram()
+    assert run(hmm_devmem_add_resource(machine, card, "card", Resource(*edges, PUBLIC))) == -12
+    free()
+    card.devmem = run(hmm_devmem_add_resource(machine, card, "card", Resource(*edges, PUBLIC)))
+    assert isinstance(card.devmem, HmmDevmem) and card.devmem.public
+    assert run(hmm_devmem_add_resource(machine, card, "card", Resource(*edges, PUBLIC))) == -16
+
+
 # --- seed 004: free and fault ---------------------------------------------------------------------
 
 
@@ -233,10 +280,24 @@ def test_a_cpu_fault_goes_to_the_driver_with_its_arguments(machine, process, car
     used = swap_offset_pfn(card.words(a)).tolist()
     assert process.load(a[1]).tolist() == [6]
     pmd = word_row(machine, mm_root(machine, process.mm), a[1].start, "pmd")
-    assert card.faults == [(a[1].start, used[1], 0, pmd)]
+    assert card.faults == [(a[1].start, used[1], 0, pmd)]  # flags: read, by the CPU
     assert is_device_private(card.words(a)).tolist() == [True, False, True]
     assert card.freed == [used[1]] and violations(machine) == []
     assert process.load(a).tolist() == [5, 6, 7] and card.freed == [used[i] for i in (1, 0, 2)]
+
+
+def test_the_flags_of_a_fault_say_who_touched_and_how(machine, process, run, card):
+    card.add()
+    a = process.mmap(4)
+    process.store(a, [5, 6, 7, 8])
+    card.take(a)
+    process.load(a[0])
+    process.store(a[1], 9)
+    run(get_user_pages(machine, process.mm, a[2].start, a[2].stop, True, remote=True))
+    run(get_user_pages(machine, process.mm, a[3].start, a[3].stop, False, remote=True))
+    write, remote = FAULT_FLAG_WRITE, FAULT_FLAG_REMOTE
+    assert [flags for _, _, flags, _ in card.faults] == [0, write, write | remote, remote]
+    assert (write, remote) == (0x01, 0x80)
 
 
 @pytest.mark.parametrize("answer, signal, errno", [(VM_FAULT_SIGBUS, 7, 0), (VM_FAULT_OOM, 0, 12)])

@@ -401,6 +401,17 @@ def test_the_other_errors_of_4_17(machine, process, run, range_4_17):
     assert range.pfns.tolist() == [4, 4]
 
 
+def test_hole_4_17_writes_what_is_read_only_without_end(machine, process, run, range_4_17):
+    a = process.mmap(2)
+    process.store(a, 1)
+    process.mprotect(a, "r")
+    range = range_4_17(a)
+    range.pfns[:] = range.flags[0] | range.flags[1]
+    vma = vma_lookup(machine, process.mm, a.start)
+    with pytest.raises(RuntimeError, match="the right to write"):
+        run(lookup_2018.hmm_vma_fault(machine, vma, range, True))
+
+
 def test_4_17_needs_a_mirror_and_memory(machine, process, run, use_up_ram):
     a = process.mmap(2)
     range = HmmRange2018(a.start, a.stop, np.full(2, 9, np.uint64), values=(1, 2, 4))

@@ -10,13 +10,13 @@ from hmmlab.model.history.range_2019 import (
     HMM_FAULT_SNAPSHOT,
     HMM_RANGE_DEFAULT_TIMEOUT,
     hmm_range_fault,
-    hmm_range_fault_5_7,
     hmm_range_register,
     hmm_range_snapshot,
     hmm_range_unregister,
     hmm_range_valid,
     hmm_range_wait_until_valid,
 )
+from hmmlab.model.history.range_2020 import hmm_range_fault_5_7
 from hmmlab.model.history.struct_hmm import hmm_of
 from hmmlab.model.history.walk_2018 import HmmPfnFlag, HmmPfnValue, HmmRange
 from hmmlab.model.machine import KernelError
@@ -41,18 +41,24 @@ FAULTS = 0  # in 5.2 and 5.3 "do not block", in 5.4 no flag
 class Case:
     """A process with a mirror of some era, and one range of it."""
 
-    def __init__(self, machine, process, run, era):
+    def __init__(self, machine, process, run, era, mirror):
         self.machine, self.process, self.run, self.era = machine, process, run, era
+        self.mirror = mirror
         self.lock = mm_lock(machine, process.mm)
 
     def register(self, pages, **rest):
         rest = {"values": (ERROR, NONE, SPECIAL), "default_flags": V, **rest}
         self.range = HmmRange(pfns=np.zeros(len(pages), np.uint64), **rest)
-        routine = hmm_range_register(
-            self.machine, self.range, self.process.mm, pages.start, pages.stop, era=self.era
-        )
-        assert self.run(routine) == 0
+        assert self.run(self.registering(self.range, pages)) == 0
         return self.range
+
+    def registering(self, range, pages):
+        """``hmm_range_register`` with the arguments of its kernel."""
+        if self.era is Era.V5_4:
+            range.start, range.end = pages.start, pages.stop
+            return hmm_range_register(self.machine, range, self.mirror)
+        of = self.process.mm if self.era is Era.V5_2 else self.mirror
+        return hmm_range_register(self.machine, range, of, pages.start, pages.stop)
 
     def locked(self, routine):
         """Run with the mmap_lock held; returns the answer and whether the lock still is."""
@@ -91,8 +97,8 @@ class Case:
 @pytest.fixture
 def case_of(machine, process, run, register):
     def make(era):
-        register(era)
-        return Case(machine, process, run, era)
+        mirror, _ = register(era)
+        return Case(machine, process, run, era, mirror)
 
     return make
 
@@ -142,8 +148,7 @@ def test_a_dying_address_space_has_no_ranges(case, machine, process):
     tracked = case.register(a)
     hmm = hmm_of(machine, process.mm)
     case.run(machine.objects["hmm"][hmm].release(process.mm))
-    late = hmm_range_register(machine, HmmRange(), process.mm, a.start, a.stop, era=case.era)
-    assert case.run(late) == -14
+    assert case.run(case.registering(HmmRange(), a)) == -14
     assert not hmm_range_valid(machine, tracked)
     assert case.run(hmm_range_wait_until_valid(machine, tracked)) is False
     assert case.fault() == (-14, True) and case.snapshot() == (-14, True)
@@ -312,12 +317,16 @@ def test_what_cannot_be_read_is_eperm_and_all_pfns_are_none(case, process):
     assert case.snapshot() == (-1, True) and case.flags() == [NONE] * 3
 
 
-def test_writing_what_is_read_only_is_eperm(case, process):
+def test_hole_writing_what_is_read_only_faults_without_end_until_5_3(case, process):
     a = written(process, 3)
     process.mprotect(a[1:], "r")
     case.register(a, default_flags=V | W)
-    assert case.fault() == (-1, True)
-    assert case.flags() == [V | W, NONE, NONE]
+    if case.era < Era.V5_4:
+        with pytest.raises(RuntimeError, match="the right to write"):
+            case.fault()
+    else:
+        assert case.fault() == (-1, True)
+        assert case.flags() == [V | W, NONE, NONE]
 
 
 def test_a_failing_fault_is_efault_and_none_from_there_on(case, process, monkeypatch):
