@@ -1,4 +1,4 @@
-"""``hmmlab lab``: JupyterLab on this computer alone, opened at the first notebook."""
+"""``hmmlab lab``: JupyterLab on this computer alone, opened at the course's index."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def _settings(notebooks: list[Path]) -> list[str]:
     return [
         f"--ServerApp.ip={HOST}",
         f"--ServerApp.root_dir={notebooks[0].parent}",
-        f"--LabApp.default_url=/lab/tree/{notebooks[0].name}",
+        f"--LabApp.default_url=/lab/tree/{_opening(notebooks).name}",
         # Layouts saved in another lab name files that are not here.
         f"--LabApp.workspaces_dir={Path(jupyter_data_dir()) / 'hmmlab' / 'workspaces'}",
         # Nothing asks the network: no catalogue of extensions, no npm to find language servers.
@@ -94,6 +94,11 @@ def _notebooks(folder: Path | None) -> list[Path]:
             return found
     looked = " or ".join(str(place) for place in places)
     raise _CannotStartError(f"no notebook in {looked}; name their folder with --notebook-dir=PATH")
+
+
+def _opening(notebooks: list[Path]) -> Path:
+    """The notebook to open: the index, as of any folder that is served, else the first."""
+    return next((path for path in notebooks if path.stem == "index"), notebooks[0])
 
 
 def _refuse_other_addresses(args: list[str]) -> None:

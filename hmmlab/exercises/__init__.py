@@ -11,28 +11,64 @@ permission.solution()
 ``exercise("permission", seed=7)`` is a variant with other inputs.
 """
 
+from hmmlab.exercises.alloc import AllocAndCopy
 from hmmlab.exercises.desk import Desk
-from hmmlab.exercises.events import Ignorable
+from hmmlab.exercises.device_frames import HomeOrder, ReadWord
+from hmmlab.exercises.device_memory import FreeAndFault, Place
+from hmmlab.exercises.events import AnswerAtOnce, Ignorable
 from hmmlab.exercises.look import FaultLoop, RequestFlags
-from hmmlab.exercises.migrate import LeftBehind
-from hmmlab.exercises.mirror import Invalidate
+from hmmlab.exercises.migrate import CountTheCopies, LeftBehind, ThreeGates, WhoGoes
+from hmmlab.exercises.mirror import FourPages, Invalidate, MustRetry, OrderOfCalls, WhoIsTold
 from hmmlab.exercises.rules import Exercise, Verdict
 from hmmlab.exercises.share import BytesThatMove, Permission, Repoint, WhatTheDeviceKnows
+from hmmlab.exercises.snapshots import FewestFaults, SnapshotBytes
+from hmmlab.exercises.tape import Intervals, RaiseEvents, ReadTheTape
+from hmmlab.exercises.turns import LostUpdate
 
 __all__ = ["EXERCISES", "Desk", "Exercise", "Verdict", "exercise"]
 
 #: Every exercise by its name, and by the number of its notebook.
 EXERCISES: dict[str, dict[str, type[Exercise]]] = {
-    "01": {"invalidate": Invalidate},
+    "00": {"four_pages": FourPages},
+    "01": {
+        "who_is_told": WhoIsTold,
+        "order_of_calls": OrderOfCalls,
+        "must_retry": MustRetry,
+        "invalidate": Invalidate,
+    },
     "02": {
         "repoint": Repoint,
         "what_the_device_knows": WhatTheDeviceKnows,
         "permission": Permission,
         "bytes_that_move": BytesThatMove,
     },
-    "03": {"fault_loop": FaultLoop, "request_flags": RequestFlags},
-    "05": {"left_behind": LeftBehind},
-    "06": {"ignorable": Ignorable},
+    "03": {
+        "snapshot_bytes": SnapshotBytes,
+        "request_flags": RequestFlags,
+        "fewest_faults": FewestFaults,
+        "lost_update": LostUpdate,
+        "fault_loop": FaultLoop,
+    },
+    "04": {
+        "place": Place,
+        "home_order": HomeOrder,
+        "read_word": ReadWord,
+        "free_and_fault": FreeAndFault,
+    },
+    "05": {
+        "left_behind": LeftBehind,
+        "alloc_and_copy": AllocAndCopy,
+        "count_the_copies": CountTheCopies,
+        "who_goes": WhoGoes,
+        "three_gates": ThreeGates,
+    },
+    "06": {
+        "raise_events": RaiseEvents,
+        "read_the_tape": ReadTheTape,
+        "answer_at_once": AnswerAtOnce,
+        "intervals": Intervals,
+        "ignorable": Ignorable,
+    },
 }
 
 

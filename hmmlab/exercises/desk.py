@@ -5,11 +5,16 @@ What is right is known to :mod:`hmmlab.exercises.rules` only; here it is said an
 
 from __future__ import annotations
 
+from textwrap import fill
 from typing import Any
 
+from hmmlab.exercises.progress import Progress
 from hmmlab.exercises.rules import Exercise, Kind, Verdict
 
 __all__ = ["Desk"]
+
+#: Characters of a line; a notebook would break a longer one within a word.
+_WIDTH = 100
 
 
 class Desk:
@@ -26,9 +31,14 @@ class Desk:
         return self.exercise.question()
 
     def check(self, answer: Any) -> None:
-        """Judge an answer, say so, and show the step at which a wrong one goes wrong."""
+        """Judge an answer, say so, and show the step at which a wrong one goes wrong.
+
+        What came of it is kept in the learner's :class:`~hmmlab.exercises.progress.Progress`.
+        """
         verdict = self.exercise.judge(answer)
-        print(self.say(verdict))
+        for line in self.say(verdict).splitlines():
+            print(fill(line, _WIDTH))
+        self._keep(verdict)
         if verdict.kind is Kind.WRONG and verdict.trace is not None:
             from IPython.display import display
 
@@ -36,6 +46,14 @@ class Desk:
 
             view = show(verdict.trace, position=verdict.position, charts=False)
             display(view)  # type: ignore[no-untyped-call]
+
+    def _keep(self, verdict: Verdict) -> None:
+        if verdict.kind is Kind.NOT_ATTEMPTED:
+            return
+        progress = Progress()
+        progress.record(self.name, verdict.kind)
+        if progress.complaint:
+            print(progress.complaint)
 
     def say(self, verdict: Verdict) -> str:
         """A verdict in words."""

@@ -7,15 +7,16 @@ from typing import Any
 
 import numpy as np
 
-from hmmlab.exercises.promise import first_break
+from hmmlab.exercises.promise import broken_promise, first_break
 from hmmlab.exercises.races import interrupt, locked_out
-from hmmlab.exercises.rules import Exercise, Trial
+from hmmlab.exercises.rules import Exercise, Trial, Wrong
+from hmmlab.exercises.snapshots import look_up
+from hmmlab.exercises.turns import discard_and_read
 from hmmlab.model.driver import Driver
 from hmmlab.model.entry import HMM_PFN_VALID, HMM_PFN_WRITE
-from hmmlab.model.hmm import HmmRange, hmm_range_fault
-from hmmlab.model.machine import KernelError, Routine
+from hmmlab.model.machine import KernelError
 from hmmlab.model.mm_types import mm_lock
-from hmmlab.model.mmu_notifier import mmu_interval_read_begin
+from hmmlab.model.race import Race
 from hmmlab.model.region import Pages
 
 __all__ = ["FaultLoop", "RequestFlags"]
@@ -99,8 +100,41 @@ class Mine(Driver):
         steps = device.steps.read(pages)
         data = self._run(trial, locked_out, device, steps, discard)
         self._hold(trial, pages, data, before)
-        if any(trial.machine.holders(mm_lock(trial.machine, process.mm))):
-            raise trial.wrong("The mmap_lock is still held.")
+        self._unlocked(trial, "")
+        self._refused(trial, device)
+        self._unlocked(trial, " after an error")
+        if trial.round == self.rounds - 1:
+            self._in_every_order(answer)
+
+    @staticmethod
+    def _unlocked(trial: Trial, when: str) -> None:
+        if any(trial.machine.holders(mm_lock(trial.machine, trial.process.mm))):
+            raise trial.wrong(f"The mmap_lock is still held{when}.")
+
+    @staticmethod
+    def _refused(trial: Trial, device: Driver) -> None:
+        """Where nothing may be read, the refusal is handed on."""
+        try:
+            trial.finish(device.steps.read(trial.process.mmap(1, "none")))
+        except KernelError as error:
+            if error.errno == 14:
+                return
+            raise trial.wrong(f"Nothing may be read there: EFAULT, and not {error}.") from None
+        except Wrong as wrong:
+            why = "Nothing may be read there, and that is no reason to ask again."
+            raise trial.wrong(f"{why} {wrong.reason}") from None
+        raise trial.wrong("Nothing may be read there, and nobody was told.")
+
+    @staticmethod
+    def _in_every_order(driver: type[Driver]) -> None:
+        """No order of turns against a discard leaves a stale entry, gets stuck or never ends."""
+        race = Race(discard_and_read(driver))
+        found = race.every_order(broken_promise)
+        if found.first is not None:
+            run = race.run(found.first)
+            assert run.trace is not None
+            why = f"In the order of turns {found.first!r}: {found.why}"
+            raise Wrong(why, run.trace, len(run.trace))
 
     @staticmethod
     def _run(trial: Trial, race: Callable[..., Any], *args: Any) -> Any:
@@ -164,32 +198,15 @@ def request(writes):
         process.madvise(pages[(first + 2) % 8], "dontneed")
         device = process.attach(Driver)
         default_flags, mask, words = answer(writes)
-        range = HmmRange(
-            process.mm,
-            device.subscription,
-            0,
-            pages.start,
-            pages.stop,
-            np.array(words, np.uint64),
-            default_flags=int(default_flags),
-            pfn_flags_mask=int(mask),
-        )
         try:
-            process.run("hmm_range_fault", self._ask(device, range))
+            found = look_up(
+                device, pages, words, default_flags=int(default_flags), pfn_flags_mask=int(mask)
+            )
         except KernelError as error:
             raise trial.wrong(f"{error}, and the device only wants to read there.") from None
-        valid = (range.hmm_pfns & np.uint64(HMM_PFN_VALID)) != 0
-        writable = (range.hmm_pfns & np.uint64(HMM_PFN_WRITE)) != 0
+        valid = (found & np.uint64(HMM_PFN_VALID)) != 0
+        writable = (found & np.uint64(HMM_PFN_WRITE)) != 0
         for page in np.flatnonzero(~valid).tolist():
             raise trial.wrong(f"Page {page} came back without a frame: nobody asked for it.")
         for page in np.flatnonzero(writes & ~writable).tolist():
             raise trial.wrong(f"Page {page} came back read-only, and the device will write it.")
-
-    @staticmethod
-    def _ask(device: Driver, range: HmmRange) -> Routine[None]:
-        machine = device.machine
-        range.notifier_seq = yield from mmu_interval_read_begin(machine, range.notifier)
-        lock = mm_lock(machine, range.mm)
-        yield from machine.down_read(lock)
-        yield from hmm_range_fault(machine, range)
-        machine.up_read(lock)

@@ -25,7 +25,7 @@ from hmmlab.model.region import Pages
 from hmmlab.model.state import State
 from hmmlab.model.trace import Trace
 
-__all__ = ["device_letters", "first_break"]
+__all__ = ["broken_promise", "device_letters", "first_break"]
 
 #: The only address space whose device is open in an exercise has this file.
 FIRST_FILE = 1
@@ -62,14 +62,29 @@ def first_break(
     While an invalidation runs nothing is promised yet.
     """
     for replay in trace.replay().seek(since):
-        state = replay.state
-        if state["mm.active_invalidations"][where.mm] or not state["device_file.mm"][file]:
-            continue
-        letters = device_letters(state, where, file)
-        for offset, letter in enumerate(letters):
-            place = f"{where.name} page {offset}"
-            if letter == "!":
-                return replay.position, f"The device keeps an entry for {place} that is stale."
-            if letter == "+":
-                return replay.position, f"The device may still write {place}; the CPU may not."
+        if why := _broken(replay.state, where, file):
+            return replay.position, why
     return None
+
+
+def broken_promise(state: State) -> str:
+    """How an open device breaks its promise now, in one sentence; "" where none does."""
+    for file in np.flatnonzero(state["device_file.mm"]).tolist():
+        mm = int(state["device_file.mm"][file])
+        for name, (start, stop) in state.names.of(mm).items():
+            if why := _broken(state, Pages(name, mm, start, stop), file):
+                return why
+    return ""
+
+
+def _broken(state: State, where: Pages, file: int) -> str:
+    """How a device's table breaks the promise now, or ""; nothing is promised during a change."""
+    if state["mm.active_invalidations"][where.mm] or not state["device_file.mm"][file]:
+        return ""
+    for offset, letter in enumerate(device_letters(state, where, file)):
+        place = f"{where.name} page {offset}"
+        if letter == "!":
+            return f"The device keeps an entry for {place} that is stale."
+        if letter == "+":
+            return f"The device may still write {place}; the CPU may not."
+    return ""

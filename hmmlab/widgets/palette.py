@@ -95,8 +95,12 @@ CPU_STATES = (
         "Mapped to device memory that the CPU can reach by itself.",
     ),
     PageState(
-        12, "huge page", "huge", "H", "#00496f", "#8fd0f5",
-        "Part of a huge page: one PMD maps all 512 pages of this table.",
+        12, "huge, read-write", "huge rw", "H", "#00496f", "#8fd0f5",
+        "Part of a huge page that the CPU may read and write: one PMD word maps all 512 pages.",
+    ),
+    PageState(
+        13, "huge, read-only", "huge ro", "h", "#7fa8c4", "#6f9ab5",
+        "Part of a huge page that the CPU may only read: one PMD word maps all 512 pages.",
     ),
 )  # fmt: skip
 

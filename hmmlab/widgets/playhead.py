@@ -86,6 +86,19 @@ class Playhead(HasTraits):
             self.position = self.length
         self.revision += 1
 
+    def turn_to(self, trace: Trace) -> None:
+        """Look at another trace of the same address spaces, at its end."""
+        self.close()
+        self.trace, self.replay = trace, trace.replay().seek(len(trace))
+        trace.listeners.append(self.refresh)
+        before = self.position
+        self.length = self.position = len(trace)
+        if before == self.position:  # a number that is the same by chance: nobody was told
+            self.notify_change(
+                Bunch(name="position", old=before, new=before, owner=self, type="change")
+            )
+        self.revision += 1
+
     def close(self) -> None:
         """Follow the trace no more."""
         if self.refresh in self.trace.listeners:

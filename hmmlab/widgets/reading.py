@@ -13,12 +13,12 @@ from numpy.typing import NDArray
 
 from hmmlab.model import entry
 from hmmlab.model.entry import Words
-from hmmlab.model.geometry import PAGE_SHIFT, PMD_PAGES
+from hmmlab.model.geometry import PAGE_SHIFT, PMD_PAGES, align_down
 from hmmlab.model.machine import Machine
 from hmmlab.model.mm_types import VM_FLAG_NAMES, mm_root, vma_lookup, vmas_in
 from hmmlab.model.names import Names
 from hmmlab.model.page import PAGE_FLAGS, ZERO_PFN, is_zone_device, page_rows
-from hmmlab.model.page_table import read_range, walk
+from hmmlab.model.page_table import huge_blocks, read_range, walk
 from hmmlab.model.rmap import rmap_walk
 from hmmlab.model.state import State
 from hmmlab.model.trace import Replay
@@ -41,6 +41,7 @@ __all__ = [
 Codes = NDArray[np.uint8]
 Fact = tuple[str, str, str]
 Bits = tuple[int, int, str, int, str]
+Fields = tuple[tuple[int, int, str, str], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,10 +123,13 @@ def cpu_states(state: State, mm: int, start: int, stop: int) -> Codes:
     codes = np.zeros(stop - start, np.uint8)
     for vma in vmas_in(state, mm, start, stop):
         codes[max(vma.start - start, 0) : vma.end - start] = 1
-    words = read_range(state, mm_root(state, mm), start, stop)
+    root = mm_root(state, mm)
+    words = read_range(state, root, start, stop)
     accessible = (words & entry.PRESENT) != 0
-    codes[accessible] = 3
-    codes[accessible & ((words & entry.RW) != 0)] = 4
+    huge = huge_blocks(state, root, np.arange(start, stop))
+    writable = (words & entry.RW) != 0
+    codes[accessible] = np.where(huge, 13, 3)[accessible]
+    codes[accessible & writable] = np.where(huge, 12, 4)[accessible & writable]
     codes[accessible & ((words & entry.SPECIAL) != 0)] = 2
     codes[~accessible & entry.is_present(words)] = 5
     coherent = accessible & is_zone_device(state, entry.pfn_of(words))
@@ -149,7 +153,7 @@ def device_states(state: State, file: int, start: int, stop: int) -> Codes:
     codes[mapped & private] += 2
     # While a page moves, its entry names neither; whoever moves it takes care of the device.
     moving = entry.is_swap_type(cpu) & entry.is_migration(cpu)
-    known = present | private | (entry.is_swap_type(cpu) & ~moving)
+    known = present | private | (entry.is_swap_type(cpu) & entry.is_device_exclusive(cpu))
     codes[mapped & ~moving & (~known | (data != entry.device_pfn(words)))] = 6
     codes[mapped & ((words & np.uint64(entry.DEVICE_ATOMIC)) != 0)] = 5
     return codes
@@ -232,11 +236,17 @@ def _device_pfns(state: State, rows: NDArray[np.int64]) -> NDArray[np.int64]:
 
 
 def page_frames(state: State, mm: int, vpn: int) -> list[int]:
-    """Frames of a page: the one that its word names, and the one that holds the data behind it."""
+    """Frames of a page: the one that its word names, and the one that holds the data behind it.
+
+    For a page in swap it is the one in the swap cache, if there is one.
+    """
     words = read_range(state, mm_root(state, mm), vpn, vpn + 1)
     word = int(words[0])
     if not word or (word & entry.SPECIAL and word & entry.PRESENT):
         return []
+    if entry.is_swapped(words)[0]:
+        cached = int(state["swap.cache"][entry.swap_offset(words)[0]])
+        return [cached] if cached else []
     present = bool(entry.is_present(words)[0])
     pfn = int((entry.pfn_of if present else entry.swap_offset_pfn)(words)[0])
     data = int(_data_frames(state, words)[0])
@@ -245,7 +255,7 @@ def page_frames(state: State, mm: int, vpn: int) -> list[int]:
 
 # --- one page taken apart -------------------------------------------------------------------------
 
-_PRESENT_FIELDS = (
+_PRESENT_FIELDS: Fields = (
     (63, 63, "NX", "code here may not run"),
     (62, 46, "", ""),
     (45, 12, "pfn", "the frame"),
@@ -261,16 +271,20 @@ _PRESENT_FIELDS = (
     (1, 1, "RW", "may be written"),
     (0, 0, "PRESENT", "the CPU follows this word"),
 )
-_SWAP_FIELDS = (
+_HUGE_FIELDS: Fields = tuple(
+    (7, 7, "PSE", "this PMD word maps 2 MiB by itself") if high == 7 else (high, low, name, meaning)
+    for high, low, name, meaning in _PRESENT_FIELDS
+)
+_SWAP_FIELDS: Fields = (
     (63, 59, "type", "what kind of entry this is"),
-    (58, 9, "offset", "the frame (stored inverted)"),
+    (58, 9, "offset", "the frame or the slot (stored inverted)"),
     (8, 4, "", ""),
     (3, 3, "EXCLUSIVE", "shared with nobody (swap only)"),
     (2, 2, "", ""),
     (1, 1, "SOFT_DIRTY", "written since clear_refs"),
     (0, 0, "PRESENT", "clear: the CPU faults here"),
 )
-_DEVICE_FIELDS = (
+_DEVICE_FIELDS: Fields = (
     (63, 46, "", ""),
     (45, 12, "pfn", "the frame that holds the data"),
     (11, 3, "", ""),
@@ -285,7 +299,8 @@ _SWAP_NAMES = {
 }
 
 
-def _take_apart(word: int, fields: tuple[tuple[int, int, str, str], ...]) -> list[Bits]:
+def _take_apart(words: Words, fields: Fields) -> list[Bits]:
+    word = int(words[0])
     return [
         (high, low, name, (word >> low) & ((1 << (high - low + 1)) - 1), meaning)
         for high, low, name, meaning in fields
@@ -297,47 +312,70 @@ def inspect(state: State, mm: int, vpn: int, file: int) -> list[Section]:
 
     ``file`` is the device file whose table is looked at, 0 for none.
     """
-    word = int(read_range(state, mm_root(state, mm), vpn, vpn + 1)[0])
-    sections = [_cpu_section(word)]
+    root = mm_root(state, mm)
+    words = read_range(state, root, vpn, vpn + 1)
+    sections = [_cpu_section(state, root, vpn, words)]
     if file:
-        root = int(state["device_file.root"][file])
-        device = int(read_range(state, root, vpn, vpn + 1)[0])
+        device_root = int(state["device_file.root"][file])
+        device = int(read_range(state, device_root, vpn, vpn + 1)[0])
         label = state.names.files.get(file, str(file))
         sections.append(_device_section(device, f"{label}'s page-table word"))
-    titles = ("Frame", "Frame of RAM behind the device's")
+    swapped = bool(entry.is_swapped(words)[0])
+    if swapped:
+        sections.append(_slot_section(state, int(entry.swap_offset(words)[0])))
+    titles = ("Frame in the swap cache" if swapped else "Frame", "Frame of RAM behind the device's")
     for pfn, title in zip(page_frames(state, mm, vpn), titles, strict=False):
         sections.append(_frame_section(state, pfn, title))
-    if word & entry.SPECIAL and word & entry.PRESENT:
-        sections.append(
-            Section("Frame", [("pfn", str(ZERO_PFN), "the zero page, which nobody counts")])
-        )
+    if _is_zero_page(words):
+        pfn = int(entry.pfn_of(words)[0])
+        sections.append(Section("Frame", [("pfn", f"{pfn:#x}", "zeros, which nobody counts")]))
     sections.append(_vma_section(state, mm, vpn))
     return sections
 
 
-def _cpu_section(word: int) -> Section:
+def _is_zero_page(words: Words) -> bool:
+    return bool(words[0] & np.uint64(entry.SPECIAL)) and bool(words[0] & np.uint64(entry.PRESENT))
+
+
+def _cpu_section(state: State, root: int, vpn: int, words: Words) -> Section:
     title = "CPU's page-table word"
-    if not word:
+    if not words[0]:
         return Section(title, [("word", "0", "empty: a touch is a page fault")])
-    words = np.array([word], np.uint64)
-    shown = ("word", f"{word:#018x}", "")
+    fields = _PRESENT_FIELDS
+    if huge_blocks(state, root, np.array([vpn]))[0]:
+        title, fields = "CPU's PMD word, for all 512 pages around", _HUGE_FIELDS
+        first = align_down(vpn, PMD_PAGES)
+        words = read_range(state, root, first, first + 1) | np.uint64(entry.HUGE)
+    shown = ("word", f"{int(words[0]):#018x}", "")
     if entry.is_present(words)[0]:
         pfn = int(entry.pfn_of(words)[0])
-        where = "the zero page" if word & entry.SPECIAL else "a frame of memory"
-        return Section(
-            title, [shown, ("pfn", f"{pfn:#x}", where)], _take_apart(word, _PRESENT_FIELDS)
-        )
+        where = "the zero page" if _is_zero_page(words) else "a frame of memory"
+        return Section(title, [shown, ("pfn", f"{pfn:#x}", where)], _take_apart(words, fields))
     kind = int(entry.swap_type(words)[0])
-    pfn = int(entry.swap_offset_pfn(words)[0])
     rows = [shown, ("type", _SWAP_NAMES.get(kind, "swap"), f"type {kind}: not for the CPU")]
-    rows.append(("pfn", f"{pfn:#x}", "the frame that the entry names"))
-    return Section(title, rows, _take_apart(word, _SWAP_FIELDS))
+    if entry.is_swapped(words)[0]:
+        slot = int(entry.swap_offset(words)[0])
+        rows.append(("slot", f"{slot:#x}", "where the page lies on the swap device"))
+    else:
+        pfn = int(entry.swap_offset_pfn(words)[0])
+        rows.append(("pfn", f"{pfn:#x}", "the frame that the entry names"))
+    return Section(title, rows, _take_apart(words, _SWAP_FIELDS))
+
+
+def _slot_section(state: State, slot: int) -> Section:
+    rows = [("slot", f"{slot:#x}", "of the swap device")]
+    for column in ("count", "content"):
+        rows.append((column, str(state[f"swap.{column}"][slot]), Machine.meaning(f"swap.{column}")))
+    cached = int(state["swap.cache"][slot])
+    rows.append(("cache", f"{cached:#x}" if cached else "none", "its frame in the swap cache"))
+    return Section("Swap slot", rows)
 
 
 def _device_section(word: int, title: str) -> Section:
     if not word:
         return Section(title, [("word", "0", "empty: the device must fault first")])
-    return Section(title, [("word", f"{word:#018x}", "")], _take_apart(word, _DEVICE_FIELDS))
+    bits = _take_apart(np.array([word], np.uint64), _DEVICE_FIELDS)
+    return Section(title, [("word", f"{word:#018x}", "")], bits)
 
 
 def _frame_section(state: State, pfn: int, title: str) -> Section:
@@ -348,6 +386,10 @@ def _frame_section(state: State, pfn: int, title: str) -> Section:
     rows = [("pfn", f"{pfn:#x}", where), ("flags", flags, "")]
     for column in ("refcount", "mapcount", "content"):
         rows.append((column, str(state[f"page.{column}"][row]), Machine.meaning(f"page.{column}")))
+    if head := int(state["page.compound"][row]):
+        rows.append(("compound", f"{head:#x}", "first frame of the huge page that it is part of"))
+    if slot := int(state["page.swap"][row]):
+        rows.append(("swap", f"{slot:#x}", "its slot: the frame is in the swap cache"))
     return Section(title, rows)
 
 

@@ -19,7 +19,7 @@ from hmmlab.widgets.palette import CPU_STATES, DEVICE_STATES, PageState
 from hmmlab.widgets.playhead import Playhead
 from hmmlab.widgets.timeline import StepList, Timeline
 
-__all__ = ["AddressSpaceView", "show"]
+__all__ = ["AddressSpaceView", "counts_in_words", "show"]
 
 
 class AddressSpaceView(ipywidgets.VBox):
@@ -98,8 +98,8 @@ class AddressSpaceView(ipywidgets.VBox):
         if not blocks:
             return f"step {playhead.position} of {playhead.length}: nothing mapped"
         what = blocks[0]["name"] if len(blocks) == 1 else f"{len(blocks)} regions"
-        cpu = _counts(self.grid.codes[:pages], CPU_STATES)
-        device = _counts(self.grid.codes[pages:], DEVICE_STATES)
+        cpu = counts_in_words(self.grid.codes[:pages], CPU_STATES)
+        device = counts_in_words(self.grid.codes[pages:], DEVICE_STATES)
         line = f"step {playhead.position} of {playhead.length}: {what} {pages} pages, CPU {cpu}"
         return f"{line}, device {device}" if self.grid.devices else f"{line}, no device"
 
@@ -159,7 +159,7 @@ def _answers(recording: str | Path | Iterable[Mapping[str, Any]]) -> list[dict[s
     return [dict(answer) for answer in recording]
 
 
-def _counts(codes: Any, states: tuple[PageState, ...]) -> str:
+def counts_in_words(codes: Any, states: tuple[PageState, ...]) -> str:
     """Pages by state, most first, without the pages that have none."""
     counts = np.bincount(codes, minlength=len(states))
     order = sorted((s for s in states if s.code and counts[s.code]), key=lambda s: -counts[s.code])

@@ -57,6 +57,7 @@ def environment(home: Path) -> dict[str, str]:
     """Keep Jupyter out of the home of whoever runs the tests."""
     return {
         **os.environ,
+        "HMMLAB_PROGRESS": "",
         "PYTHONUNBUFFERED": "1",
         "IPYTHONDIR": str(home / "ipython"),
         "JUPYTER_CONFIG_DIR": str(home / "config"),

@@ -1,5 +1,6 @@
 """The lab as a newcomer meets it, and the widgets' foundations in it and in Voila."""
 
+import re
 import socket
 import subprocess
 import sys
@@ -58,15 +59,64 @@ def check_foundations(page: Page) -> None:
     expect(page.get_by_text("page 8", exact=True)).to_be_visible()
 
 
-def test_the_lab_opens_at_the_first_notebook_and_asks_nothing(lab_server, page):
+def test_the_lab_opens_at_the_index_and_asks_nothing(lab_server, page):
     page.goto(lab_server.address)
-    first = min(lab_server.notebooks.glob("*.ipynb")).name
-    wait_for_notebook(page, first)
+    wait_for_notebook(page, "index.ipynb")
     page.wait_for_load_state("networkidle")
-    expect(page.get_by_role("tab", name=first)).to_be_visible()
+    expect(page.get_by_role("tab", name="index.ipynb")).to_be_visible()
     expect(page.get_by_role("dialog")).to_have_count(0)
     expect(page.locator(".Toastify__toast")).to_have_count(0)
     screenshot(page, "lab-first-sight")
+
+
+def test_the_index_opens_notebooks_before_and_after_it_was_run(lab_server, page):
+    for run in (False, True):
+        open_notebook(page, "index")
+        if run:
+            run_all(page)
+            expect(page.get_by_text("0 of ")).to_be_visible()
+        page.get_by_role("link", name="02 Why share an address space?").click()
+        wait_for_notebook(page, "02_share_an_address_space.ipynb")
+
+
+def test_progress_shows_in_the_index_and_can_be_started_again(lab_server, page):
+    """An exercise is solved in one notebook; the index of another kernel tells of it."""
+    solve = (
+        "from hmmlab.exercises import exercise\n"
+        "exercise('repoint').check(lambda n, s, t: n and n - s + t)"
+    )
+    write_notebook(lab_server.notebooks / "solve.ipynb", solve)
+    open_notebook(page, "solve")
+    run_all(page)
+    expect(page.get_by_text("Right on 6 inputs")).to_be_visible()
+    open_notebook(page, "index")
+    run_all(page)
+    expect(page.get_by_role("listitem").filter(has_text="repoint")).to_contain_text("✓")
+    screenshot(page, "index-light")
+    theme(page, "dark")
+    screenshot(page, "index-dark")
+    page.get_by_role("button", name="Start again").click()
+    page.get_by_role("button", name="No, keep it").click()
+    expect(page.get_by_text("1 of ")).to_be_visible()
+    page.get_by_role("button", name="Start again").click()
+    page.get_by_role("button", name="Yes, forget all").click()
+    expect(page.get_by_text("0 of ")).to_be_visible()
+    expect(page.get_by_role("listitem").filter(has_text="repoint")).to_contain_text("○")
+
+
+def test_a_link_into_the_glossary_goes_to_its_word(page):
+    open_notebook(page, "00_take_the_tour")
+    page.get_by_role("link", name="page", exact=True).click()
+    wait_for_notebook(page, "glossary.ipynb")
+    expect(page.get_by_role("heading", name=re.compile("^page¶?$"))).to_be_in_viewport()
+    screenshot(page, "glossary")
+
+
+@pytest.mark.parametrize(("name", "heading"), [("index", "One address space"), ("glossary", "PTE")])
+def test_index_and_glossary_open_in_voila(voila_page, name, heading):
+    open_voila(voila_page, name)
+    expect(voila_page.get_by_role("heading", name=heading).first).to_be_attached()
+    expect(voila_page.get_by_role("link", name=re.compile("^02")).first).to_be_attached()
 
 
 def test_widgets_draw_and_answer_in_the_lab(lab_server, page):

@@ -8,7 +8,8 @@ from playwright.sync_api import Locator, Page, expect
 
 from harness import hide_sidebar, open_notebook, open_voila, run_all, screenshot, theme
 
-NOTEBOOKS = sorted(path.stem for path in (Path(__file__).parents[2] / "notebooks").glob("*.ipynb"))
+FOLDER = Path(__file__).parents[2] / "notebooks"
+NOTEBOOKS = sorted(path.stem for path in FOLDER.glob("[0-9][0-9]_*.ipynb"))
 TOUR = "00_take_the_tour"
 
 

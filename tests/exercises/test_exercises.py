@@ -1,6 +1,7 @@
 """Every exercise: its solution passes, its starter is no attempt, plausible mistakes are told."""
 
 import ast
+import json
 import re
 import subprocess
 import sys
@@ -12,7 +13,8 @@ from hmmlab.exercises import EXERCISES, exercise
 from hmmlab.exercises.rules import Exercise, Kind, Verdict, attempted
 
 NAMES = [name for room in EXERCISES.values() for name in room]
-NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
+LESSONS = sorted((Path(__file__).parents[2] / "notebooks").glob("[0-9][0-9]_*.ipynb"))
+RECORDING = Path(__file__).parents[1] / "kernel_traces" / "probes" / "who_is_told.jsonl"
 
 COPY_ALL = {"copied": 0, "mirrored": 0, "migrated": 0}
 
@@ -49,6 +51,20 @@ def reply(body: str) -> str:
     return f"def reply(prot, access):\n    return {body}"
 
 
+def must_retry(condition: str) -> str:
+    return f"def must_retry(history, interval):\n    return {condition}"
+
+
+#: Compares with the pages that were looked up, not with the interval.
+BY_PAGES = """(lambda at, first, stop: any(
+    what == "start" and b > first and a < stop for what, a, b in history[at:]
+))(*next((at, *it[1:]) for at, it in enumerate(history) if it[0] == "begin"))"""
+#: Takes ranges that touch for ranges that overlap.
+TOUCHING = """any(
+    what == "start" and b >= interval[0] and a <= interval[1]
+    for what, a, b in history[[it[0] for it in history].index("begin"):]
+)"""
+
 NO_RETRY = (
     "if not mmu_interval_read_retry(machine, range.notifier, range.notifier_seq):",
     "if True:",
@@ -75,6 +91,26 @@ WRONG = [
     ("invalidate", invalidate(FORGET, NUMBER), "nobody holds the lock"),
     ("invalidate", invalidate(LOCK, NUMBER, "self.forget(0, 1 << 36)", UNLOCK), "was forgotten"),
     ("invalidate", invalidate(LOCK, NUMBER, FORGET), "gives it up|still held"),
+    ("four_pages", 'prediction = "rrrr"', r"Page \d is '[w.]'"),
+    ("four_pages", 'prediction = "r.rw"', "Page 2 is '.'.* not 'r'"),
+    ("who_is_told", 'prediction = "........"', "Operation 4, `store A 6 1`, is 'C'.*zero page"),
+    ("who_is_told", 'prediction = "...CPCP."', "is '.', not 'P'.*no page tables"),
+    ("who_is_told", 'prediction = "C.C"', "3 letters for 8"),
+    (
+        "order_of_calls",
+        'order = "ABCDEF"',
+        r"A \(the driver takes.* is too early. E comes before it",
+    ),
+    ("order_of_calls", 'order = "EFACBD"', r"F \(the words.* is too early. A comes before it"),
+    ("order_of_calls", 'order = "EEEEEE"', "Each letter from A to F"),
+    (
+        "must_retry",
+        must_retry("any(what == 'start' for what, *_ in history)"),
+        "True for .* still the same",
+    ),
+    ("must_retry", must_retry("history[-1][0] == 'start'"), "the number"),
+    ("must_retry", must_retry(BY_PAGES), "False for .* has changed"),
+    ("must_retry", must_retry(TOUCHING), "True for .* still the same"),
     ("repoint", "def repoint(next, source, target):\n    return next", "nowhere"),
     ("repoint", "def repoint(next, source, target):\n    return next - source + target", "ended"),
     ("repoint", "def repoint(next, source, target):\n    return next and next + target", "nowhere"),
@@ -166,7 +202,29 @@ def test_a_wrong_answer_is_told_why_and_where(name, code, reason):
 
 
 def test_every_exercise_has_two_wrong_answers():
-    assert all(sum(wrong == name for wrong, *_ in WRONG) >= 2 for name in NAMES)
+    """Here, or in the list of the same name of a file beside this one."""
+    lists = [
+        statement.value
+        for path in Path(__file__).parent.glob("test_*.py")
+        for statement in ast.parse(path.read_text(encoding="utf-8")).body
+        if isinstance(statement, ast.Assign) and ast.unparse(statement.targets[0]) == "WRONG"
+    ]
+    told = [ast.literal_eval(row.elts[0]) for rows in lists for row in rows.elts]
+    assert [name for name in NAMES if told.count(name) < 2] == []
+
+
+def test_linux_gives_the_letters_of_who_is_told():
+    """The real kernel was asked the operations of seed 1, and two more."""
+    asked = exercise("who_is_told").exercise
+    told = {"": ".", "UNMAP": "U", "CLEAR": "C", "PROTECTION_VMA": "P"}
+    recorded = [json.loads(line) for line in RECORDING.read_text(encoding="utf-8").splitlines()]
+    letters = {
+        answer["op"]: told["".join(event["event"] for event in answer.get("notify", []))]
+        for answer in recorded
+    }
+    lines = re.findall(r"^  +\d   (.+)$", asked.question(), re.MULTILINE)
+    said = [letter for line in lines for op, letter in letters.items() if op.startswith(line)]
+    assert asked.solution() == f'prediction = "{"".join(said)}"'
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -233,16 +291,27 @@ def test_the_rules_draw_nothing():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-@pytest.mark.parametrize("number", EXERCISES)
-def test_the_notebook_gives_each_exercise_its_starter(number):
-    found = list(NOTEBOOKS.glob(f"{number}_*.ipynb"))
-    source = found[0].read_text(encoding="utf-8") if found else ""
-    given = [name for name in EXERCISES[number] if f'exercise(\\"{name}\\"' in source]
-    for name in given:
-        last = ast.unparse(ast.parse(EXERCISES[number][name].starter).body[-1]).splitlines()[0]
-        assert last.replace('"', '\\"') in source or "prediction = " in source
-    if number == "02":
-        assert given == list(EXERCISES[number])
+@pytest.mark.parametrize("notebook", LESSONS, ids=lambda path: path.stem)
+def test_the_notebook_gives_each_of_its_exercises_with_the_starter(notebook):
+    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    desks = dict(
+        reversed(match)
+        for source in code
+        for match in re.findall(r'(\w+) = exercise\("(\w+)"', source)
+    )
+    asked = EXERCISES.get(notebook.name[:2], {})
+    assert list(desks) == list(asked), "each of them, in this order, and no others"
+    for name, kind in asked.items():
+        given = [source for source in code if f"{desks[name]}.check({kind.answer})" in source]
+        assert len(given) == 1, f"{name} is checked once"
+        starter = ast.unparse(ast.parse(kind.starter).body[-1])
+        bodies = [ast.unparse(statement) for statement in ast.parse(given[0]).body]
+        assert starter in bodies, f"{name} begins with\n{kind.starter}"
+
+
+def test_every_exercise_belongs_to_a_notebook():
+    assert set(EXERCISES) <= {path.name[:2] for path in LESSONS}
 
 
 def test_an_exercise_says_what_it_asks():

@@ -1,6 +1,7 @@
 import pytest
 from traitlets import TraitError
 
+from hmmlab import Session
 from hmmlab.widgets.playhead import Playhead
 
 
@@ -64,3 +65,17 @@ def test_the_device_is_the_first_one_that_is_open(playhead):
     assert playhead.device_of(1)[1] == "d0"
     playhead.position = 0
     assert playhead.device_of(1) == (0, "")
+
+
+def test_it_turns_to_another_trace_and_tells_even_where_the_number_is_the_same(playhead):
+    playhead.selected = (1, 2)
+    heard = []
+    playhead.observe(lambda change: heard.append(change["new"]), "position")
+    for trace in (playhead.trace, Session().play(["mmap A 2 rw private"]).trace):
+        left = playhead.trace
+        playhead.turn_to(trace)
+        assert (playhead.trace, playhead.position) == (trace, len(trace))
+        assert not playhead.replay.state.difference(trace.replay().seek(len(trace)).state)
+        assert playhead.refresh in trace.listeners
+        assert trace is left or playhead.refresh not in left.listeners
+    assert len(heard) == 2
