@@ -22,7 +22,7 @@ from hmmlab.model.entry import (
     Bools,
     Words,
 )
-from hmmlab.model.migrate import MigrateVma
+from hmmlab.model.migrate_vma import MigrateVma
 from hmmlab.model.trace import Event, Trace
 
 __all__ = ["PHASES", "Fate", "Migration", "letters", "migrations"]

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hmmlab.model.access import user_access
+from hmmlab.model.dmirror_device import UNITS
 from hmmlab.model.driver import Answer, Driver
 from hmmlab.model.ksm import ksm_scan
 from hmmlab.model.machine import BULK, KernelError, Machine, Routine, Steps
@@ -40,7 +41,7 @@ from hmmlab.model.task_mmu import (
     clear_refs_soft_dirty,
     read_pagemap,
 )
-from hmmlab.model.test_hmm import UNITS, Dmirror
+from hmmlab.model.test_hmm import Dmirror
 from hmmlab.model.trace import Step, Trace
 from hmmlab.scenario import Operation, ScenarioError, Scope, parse, parse_line
 

@@ -6,7 +6,7 @@ import pytest
 from hmmlab import KernelError, Machine, Process, Session
 from hmmlab.exercises.migrate import pin, pipe
 from hmmlab.migrations import PHASES, Fate, letters, migrations
-from hmmlab.model.migrate import SELECT_SYSTEM, MigrateVma
+from hmmlab.model.migrate_vma import SELECT_SYSTEM, MigrateVma
 from hmmlab.model.mm_types import vma_lookup
 
 #: A page at every gate; see notebook 05.

@@ -207,7 +207,7 @@ def replace(old, new):
         (lambda manifest, members: members.pop("graph.json"), "makes no sense"),
         (lambda manifest, members: members.popitem(), "makes no sense"),
         (replace(b"hmmlab.model.process:Process", b"os:system"), "no class is called os:system"),
-        (replace(b"machine:Machine", b"machine:operation"), "no class is called"),
+        (replace(b"machine:Machine", b"machine:kernel"), "no class is called"),
         (replace(b'"page.refcount"', b'"page.recount"'), "column page.recount is not this"),
         (replace(b'"root": [', b'"root": [[], '), "makes no sense"),
     ],

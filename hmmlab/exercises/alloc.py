@@ -20,13 +20,8 @@ from hmmlab.model.entry import (
     migrate_pfn_to_pfn,
 )
 from hmmlab.model.machine import Machine, Routine, kernel
-from hmmlab.model.migrate import (
-    SELECT_SYSTEM,
-    MigrateVma,
-    migrate_vma_finalize,
-    migrate_vma_pages,
-    migrate_vma_setup,
-)
+from hmmlab.model.migrate import migrate_vma_finalize, migrate_vma_pages, migrate_vma_setup
+from hmmlab.model.migrate_vma import SELECT_SYSTEM, MigrateVma
 from hmmlab.model.mm_types import mm_lock, vma_lookup
 from hmmlab.model.page import page_rows
 from hmmlab.model.region import Pages

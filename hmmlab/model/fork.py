@@ -8,6 +8,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from hmmlab.model.anon_vma import anon_vma_fork
 from hmmlab.model.entry import (
     ACCESSED,
     DIRTY,
@@ -47,13 +48,10 @@ from hmmlab.model.mm_types import (
     VM_WIPEONFORK,
     VM_WRITE,
     Vma,
-    anon_vma_fork,
-    insert_after,
     is_cow_mapping,
     mm_lock,
     mm_root,
     new_mm,
-    vm_area_dup,
     vm_page_prot,
     vma_at,
     vmas_of,
@@ -81,6 +79,7 @@ from hmmlab.model.rmap import page_add_new_anon_rmap, page_dup_rmap
 from hmmlab.model.state import Rows, some
 from hmmlab.model.swap import swap_duplicate
 from hmmlab.model.tlb import flush_tlb
+from hmmlab.model.vma import insert_after, vm_area_dup
 
 __all__ = ["dup_mmap"]
 

@@ -14,6 +14,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
+from hmmlab.model.anon_vma import anon_vma_prepare
 from hmmlab.model.entry import (
     ACCESSED,
     DIRTY,
@@ -35,7 +36,6 @@ from hmmlab.model.mm_types import (
     VM_SPECIAL,
     VM_WRITE,
     Vma,
-    anon_vma_prepare,
     mm_is_alive,
     mm_root,
     vm_page_prot,

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from hmmlab.model.anon_vma import anon_vma_prepare
 from hmmlab.model.entry import (
     ACCESSED,
     DIRTY,
@@ -27,7 +28,6 @@ from hmmlab.model.geometry import PMD_PAGES, align_down
 from hmmlab.model.machine import KernelError, Machine, Routine, kernel
 from hmmlab.model.mm_types import (
     Vma,
-    anon_vma_prepare,
     find_vmas_of_file,
     is_cow_mapping,
     mm_root,

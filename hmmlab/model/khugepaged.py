@@ -26,7 +26,6 @@ from hmmlab.model.geometry import PMD_PAGES
 from hmmlab.model.huge_memory import hugepage_vma_check
 from hmmlab.model.lru import lru_add_drain
 from hmmlab.model.machine import Machine, Routine, kernel
-from hmmlab.model.memory import do_swap_page
 from hmmlab.model.mm_types import (
     VM_HUGETLB,
     VM_NOHUGEPAGE,
@@ -58,6 +57,7 @@ from hmmlab.model.page import (
 from hmmlab.model.page_table import has_table, huge_blocks, rows_of_range, set_huge, table_of
 from hmmlab.model.rmap import page_add_new_anon_rmap, page_remove_rmap
 from hmmlab.model.swap import free_swap_cache
+from hmmlab.model.swap_fault import do_swap_page
 from hmmlab.model.tlb import flush_tlb
 
 __all__ = ["ScanResult", "collapse_range", "khugepaged", "may_collapse"]

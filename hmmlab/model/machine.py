@@ -1,7 +1,6 @@
-"""The machine: every column, the one door through which they change, and who runs.
+"""The machine: who runs, and which locks are held.
 
-Rooms declare their columns with :meth:`Machine.declare` when they are imported; a new machine has
-them all. Kernel and driver code is written as generators marked with :func:`kernel`; each yields a
+Kernel and driver code is written as generators marked with :func:`kernel`; each yields a
 :class:`~hmmlab.model.trace.Step` where another CPU or the device could run. :meth:`Machine.run`
 drives one to its end; :mod:`hmmlab.model.schedule` interleaves several.
 """
@@ -14,14 +13,13 @@ import errno as errno_names
 import functools
 import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator
-from typing import Any, ClassVar, Concatenate, ParamSpec, TypeVar
+from typing import Any, ClassVar, ParamSpec, TypeVar
 
 import numpy as np
-from numpy.typing import DTypeLike, NDArray
 
+from hmmlab.model.door import Door
 from hmmlab.model.geometry import USER_VPN_END
-from hmmlab.model.state import Rows, State, unique_rows
-from hmmlab.model.trace import Observer, Step, Trace
+from hmmlab.model.trace import Step
 
 __all__ = [
     "BLOCK",
@@ -31,15 +29,12 @@ __all__ = [
     "Machine",
     "Routine",
     "Steps",
-    "StepsOf",
     "StuckError",
     "UnrunOperationWarning",
     "kernel",
-    "operation",
 ]
 
 P = ParamSpec("P")
-S = TypeVar("S")
 R = TypeVar("R")
 
 #: The type of a kernel function: it yields steps and returns an answer.
@@ -232,60 +227,7 @@ class Steps(Iterator[Step]):
             )
 
 
-def operation(
-    plan: Callable[Concatenate[S, P], tuple[str, Routine[R]]],
-) -> Callable[Concatenate[S, P], R]:
-    """Make a public method of a plan: a method that returns a description and a routine.
-
-    ``thing.method(...)`` runs the routine and returns its answer; ``thing.steps.method(...)``
-    returns it as :class:`Steps` instead. ``thing`` has a ``machine`` and an ``actor``.
-    """
-
-    @functools.wraps(plan)
-    def run(self: S, /, *args: P.args, **kwargs: P.kwargs) -> R:
-        answer: R = _prepare(self, plan, *args, **kwargs).run()
-        return answer
-
-    run.plan = plan  # type: ignore[attr-defined]
-    return run
-
-
-def _prepare(
-    thing: Any, plan: Callable[..., tuple[str, Routine[Any]]], *args: Any, **kw: Any
-) -> Steps:
-    text, body = plan(thing, *args, **kw)
-    return Steps(thing.machine, text, thing.actor, body)
-
-
-class StepsOf:
-    """The operations of a thing, each returned as :class:`Steps` and not run."""
-
-    def __init__(self, thing: Any) -> None:
-        self._thing = thing
-
-    def __getattr__(self, name: str) -> Callable[..., Steps]:
-        plan = getattr(getattr(type(self._thing), name, None), "plan", None)
-        if plan is None:
-            raise AttributeError(f"{type(self._thing).__name__} has no operation {name!r}")
-        return functools.partial(_prepare, self._thing, plan)
-
-    def __dir__(self) -> list[str]:
-        kind = type(self._thing)
-        return [name for name in dir(kind) if hasattr(getattr(kind, name), "plan")]
-
-
-#: Values that take a page or more.
-_MANY = 1024
-
-
-def _kept(values: NDArray[Any]) -> NDArray[Any]:
-    """A copy of some values for whoever listens; of many that are alike, one stands for all."""
-    if values.size >= _MANY and (values == values[0]).all():
-        return np.broadcast_to(values[0], values.shape)
-    return np.array(values)
-
-
-class Machine(State):
+class Machine(Door):
     """A small Linux memory-management kernel.
 
     Parameters
@@ -303,7 +245,6 @@ class Machine(State):
         When ``ram_pages`` or ``grain`` is too small.
     """
 
-    _declared: ClassVar[dict[str, tuple[DTypeLike, str]]] = {}
     _boot: ClassVar[list[Callable[[Machine], None]]] = []
     _threads: ClassVar[dict[str, tuple[str, Callable[[Machine], Routine[None]]]]] = {}
 
@@ -312,11 +253,10 @@ class Machine(State):
             raise ValueError(f"ram_pages is {ram_pages}; expected 16 to {USER_VPN_END}")
         if grain < 1:
             raise ValueError(f"grain is {grain}; expected at least 1 iteration a step")
-        super().__init__({name: dtype for name, (dtype, _) in self._declared.items()}, ram_pages)
+        super().__init__(ram_pages)
         self.grain = grain
         self.actor = Actor("boot")
         self.objects: dict[str, dict[int, Any]] = {}
-        self._observers: list[Observer] = []
         self._lock_names: list[str] = []
         self.group = self._groups = self._operations = 0
         self.running = 0  # operations that have begun and not ended
@@ -332,12 +272,6 @@ class Machine(State):
         return self is other
 
     # --- what rooms say when they are imported ----------------------------------------------------
-    @classmethod
-    def declare(cls, name: str, dtype: DTypeLike, meaning: str) -> str:
-        """Give every machine a column ``name``; zero must mean "absent". Returns the name."""
-        cls._declared[name] = (dtype, meaning)
-        return name
-
     @classmethod
     def at_boot(cls, function: Callable[[Machine], None]) -> Callable[[Machine], None]:
         """Call ``function`` with every new machine."""
@@ -359,80 +293,6 @@ class Machine(State):
             return body
 
         return mark
-
-    @classmethod
-    def meaning(cls, column: str) -> str:
-        """What a column holds, in words."""
-        return cls._declared[column][1]
-
-    # --- the door ---------------------------------------------------------------------------------
-    def write(self, column: str, rows: Rows, values: Any) -> None:
-        """Set ``rows`` (unique) of ``column`` to ``values``. The only way to change a column."""
-        array = self._columns[column].reserve(rows)
-        if not self._observers:
-            array[rows] = values
-            return
-        old = _kept(array[rows])
-        array[rows] = values
-        self.tell("wrote", column, rows, old, _kept(array[rows]))
-
-    def add(self, column: str, rows: Rows, delta: Any) -> None:
-        """Add ``delta`` to ``rows`` of ``column``, once for each time that a row stands there."""
-        array = self._columns[column].reserve(rows)
-        if isinstance(rows, (slice, int, np.integer)):
-            if self._observers:
-                self.write(column, rows, array[rows] + delta)
-            else:
-                array[rows] += delta
-            return
-        amount = np.asarray(delta).astype(array.dtype)  # another dtype is two hundred times slower
-        if not amount.ndim and ((rows[1:] > rows[:-1]).all() or (rows[1:] < rows[:-1]).all()):
-            self.write(column, rows, array[rows] + amount)
-            return
-        if not self._observers:
-            np.add.at(array, rows, amount)
-            return
-        unique = unique_rows(rows)
-        old = array[unique]
-        np.add.at(array, rows, amount)
-        self.tell("wrote", column, unique, old, array[unique])
-
-    def take(self, column: str) -> int:
-        """First row of ``column`` that is zero: a free place in a table of records."""
-        array = self[column]
-        free = np.flatnonzero(array[1:] == 0)
-        return int(free[0]) + 1 if free.size else int(array.size)
-
-    # --- who listens ------------------------------------------------------------------------------
-    def tell(self, what: str, *args: Any) -> None:
-        """Tell every observer."""
-        for observer in self._observers:
-            getattr(observer, what)(*args)
-
-    def tell_called(self, number: int, calls: tuple[tuple[int, str], ...]) -> None:
-        """Tell who wants to know what an operation called after its last step (``called``)."""
-        for observer in self._observers:
-            if hook := getattr(observer, "called", None):
-                hook(number, calls)
-
-    @property
-    def observed(self) -> bool:
-        """Whether anybody listens; nobody needs a record otherwise."""
-        return bool(self._observers)
-
-    def attach(self, observer: Observer) -> None:
-        """Let an observer hear all that happens from now on."""
-        self._observers.append(observer)
-
-    def detach(self, observer: Observer) -> None:
-        """Let an observer hear no more."""
-        self._observers.remove(observer)
-
-    def record(self) -> Trace:
-        """Record from now on. Returns the trace, which grows with every operation."""
-        trace = Trace(self.copy())
-        self.attach(trace)
-        return trace
 
     # --- who runs ---------------------------------------------------------------------------------
     def next_operation(self) -> int:

@@ -26,7 +26,6 @@ from hmmlab.model.huge_memory import khugepaged_enter
 from hmmlab.model.khugepaged import collapse_range, may_collapse
 from hmmlab.model.lru import lru_add_drain, mark_page_lazyfree
 from hmmlab.model.machine import KernelError, Machine, Routine, kernel
-from hmmlab.model.memory import unmap_single_vma
 from hmmlab.model.migration import split_huge_page
 from hmmlab.model.mm_types import (
     VM_DONTCOPY,
@@ -66,6 +65,7 @@ from hmmlab.model.state import unique_rows
 from hmmlab.model.swap import folio_free_swap, free_swap_and_cache
 from hmmlab.model.tlb import MmuGather
 from hmmlab.model.vmscan import reclaim_pages
+from hmmlab.model.zap import unmap_single_vma
 
 __all__ = ["ADVICE", "sys_madvise"]
 

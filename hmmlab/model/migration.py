@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from hmmlab.model.anon_vma import find_vmas_of_anon_vma
 from hmmlab.model.entry import (
     ACCESSED,
     DIRTY,
@@ -40,7 +41,7 @@ from hmmlab.model.entry import (
 from hmmlab.model.geometry import PMD_PAGES
 from hmmlab.model.huge_memory import split_huge_pmds_at
 from hmmlab.model.machine import Machine, Routine, kernel
-from hmmlab.model.mm_types import VM_WRITE, Vma, find_vmas_of_anon_vma, vm_page_prot, vma_at
+from hmmlab.model.mm_types import VM_WRITE, Vma, vm_page_prot, vma_at
 from hmmlab.model.mmu_notifier import (
     Event,
     MmuNotifierRange,

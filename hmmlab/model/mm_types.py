@@ -1,10 +1,9 @@
-"""Address spaces and their mappings: finding them, and their anon_vmas.
+"""Address spaces and their mappings: what they are, and finding them.
 
 A VMA is a row of the ``vma.*`` columns; :class:`Vma` is a frozen look at one, so fetch a new one
-after a change. An anon_vma is a number: pages of private memory remember it (``page.mapping``), and
-the ``avc.*`` columns tell which VMAs belong to it, for whoever asks who maps a page.
+after a change.
 
-Source: include/linux/mm_types.h, mm/mmap.c (finding), mm/rmap.c (anon_vmas).
+Source: include/linux/mm_types.h, mm/mmap.c (finding).
 """
 
 from __future__ import annotations
@@ -15,7 +14,6 @@ from typing import NamedTuple
 import numpy as np
 
 from hmmlab.model.entry import ACCESSED, NX, PRESENT, PROTNONE, RW, USER
-from hmmlab.model.filemap import get_file, put_file
 from hmmlab.model.machine import Machine
 from hmmlab.model.page_table import free_root, new_root
 from hmmlab.model.state import State
@@ -47,27 +45,17 @@ __all__ = [
     "VM_WIPEONFORK",
     "VM_WRITE",
     "Vma",
-    "anon_vma_clone",
-    "anon_vma_fork",
-    "anon_vma_prepare",
     "find_vma",
     "find_vma_prev",
-    "find_vmas_of_anon_vma",
     "find_vmas_of_file",
     "flags_of_prot",
     "free_mm",
-    "insert_after",
     "is_cow_mapping",
-    "is_singular",
     "mm_is_alive",
     "mm_lock",
     "mm_root",
-    "move_edges",
     "new_mm",
-    "new_vma",
-    "remove_vma",
-    "root_anon_vma",
-    "vm_area_dup",
+    "next_order",
     "vm_page_prot",
     "vma_at",
     "vma_lookup",
@@ -125,18 +113,7 @@ Machine.declare("vma.ra_window", np.int64, "pages that were read then")
 Machine.declare("vma.ra_hits", np.int64, "pages found in the swap cache since, read ahead in time")
 Machine.declare("vma.resv", np.int32, "reservation of huge pages; -1 where the pool took them back")
 Machine.declare("resv.users", np.int32, "mappings that share a reservation of huge pages")
-Machine.declare("avc.vma", np.int32, "a mapping that belongs to an anon_vma; 0 is a free row")
-Machine.declare("avc.anon_vma", np.int32, "the anon_vma it belongs to")
-Machine.declare("avc.age", np.int64, "place in the mapping's own list, oldest first")
-Machine.declare("avc.order", np.int64, "place among the anon_vma's mappings that begin alike")
-Machine.declare("anon_vma.used", np.int32, "anon_vmas made so far")
-Machine.declare("anon_vma.parent", np.int32, "the one it was forked from; itself for a root")
-Machine.declare("anon_vma.children", np.int32, "anon_vmas forked from it, a root being its own")
-Machine.declare("anon_vma.active", np.int32, "mappings whose own anon_vma it is")
 Machine.declare("order.next", np.int64, "what the next place in an order is called")
-
-
-_HISTORY = ("vma.ra_page", "vma.ra_window", "vma.ra_hits")
 
 
 class Vma(NamedTuple):
@@ -299,81 +276,6 @@ def vma_lookup(state: State, mm: int, vpn: int) -> Vma | None:
     return vma if vma and vma.start <= vpn else None
 
 
-# --- changing -------------------------------------------------------------------------------------
-
-
-def _next_order(machine: Machine) -> int:
-    order = int(machine["order.next"][0]) + 1
-    machine.write("order.next", 0, order)
-    return order
-
-
-def new_vma(
-    machine: Machine, mm: int, start: int, end: int, flags: int, pgoff: int, file: int = 0
-) -> Vma:
-    """A new mapping, which nothing has merged with."""
-    row = machine.take("vma.mm")
-    for column, value in (
-        ("mm", mm),
-        ("start", start),
-        ("end", end),
-        ("flags", flags),
-        ("pgoff", pgoff),
-        ("file", file),
-        ("order", _next_order(machine) if file else 0),
-    ):
-        machine.write(f"vma.{column}", row, value)
-    if file:
-        get_file(machine, file)
-    return vma_at(machine, row)
-
-
-def vm_area_dup(machine: Machine, vma: Vma, mm: int, start: int, end: int, pgoff: int) -> Vma:
-    """A new mapping of pages ``start`` to ``end - 1`` with all else as ``vma`` has it."""
-    twin = new_vma(machine, mm, start, end, vma.flags, pgoff, vma.file)
-    for column in _HISTORY:
-        machine.write(column, twin.row, machine[column][vma.row])
-    reservation = int(machine["vma.resv"][vma.row])
-    if mm == vma.mm and reservation:  # a child has none
-        machine.write("vma.resv", twin.row, reservation)
-        if reservation > 0:
-            machine.add("resv.users", reservation, 1)
-    return twin
-
-
-def remove_vma(machine: Machine, vma: Vma) -> None:
-    """Free the row of a mapping, and its place in every anon_vma."""
-    unlink_anon_vmas(machine, vma)
-    for column in ("mm", "start", "end", "flags", "pgoff", "file", "order"):
-        machine.write(f"vma.{column}", vma.row, 0)
-    for column in (*_HISTORY, "vma.resv"):
-        machine.write(column, vma.row, 0)
-    if vma.file:
-        put_file(machine, vma.file)
-
-
-def move_edges(machine: Machine, vma: Vma, start: int, end: int) -> Vma:
-    """Give a mapping other borders; it is the last of those that begin alike from now on."""
-    machine.write("vma.start", vma.row, start)
-    machine.write("vma.end", vma.row, end)
-    machine.write("vma.pgoff", vma.row, vma.pgoff_of(start))
-    if vma.file:
-        machine.write("vma.order", vma.row, _next_order(machine))
-    links = _chain(machine, vma)
-    if links.size:
-        machine.write("avc.order", links, _next_order(machine))
-    return vma_at(machine, vma.row)
-
-
-def insert_after(machine: Machine, vma: Vma, before: Vma) -> None:
-    """Let a mapping of a file come right after ``before``, which begins alike."""
-    order = int(machine["vma.order"][before.row])
-    later = np.flatnonzero((machine["vma.file"] == vma.file) & (machine["vma.order"] > order))
-    machine.write("vma.order", later, machine["vma.order"][later] + 1)
-    machine.write("vma.order", vma.row, order + 1)
-    _next_order(machine)
-
-
 def find_vmas_of_file(state: State, file: int) -> list[int]:
     """Rows of the mappings of a file, in the order of its interval tree (``i_mmap``)."""
     rows = np.flatnonzero(state["vma.file"] == file)
@@ -381,131 +283,11 @@ def find_vmas_of_file(state: State, file: int) -> list[int]:
     return [int(row) for row in rows[order]]
 
 
-def find_vmas_of_anon_vma(state: State, anon_vma: int) -> list[int]:
-    """Rows of the mappings that belong to an anon_vma, in the order of its interval tree."""
-    links = np.flatnonzero(state["avc.anon_vma"] == anon_vma)
-    rows = state["avc.vma"][links]
-    order = np.lexsort((state["avc.order"][links], state["vma.pgoff"][rows]))
-    return [int(row) for row in rows[order]]
+# --- order ----------------------------------------------------------------------------------------
 
 
-# --- anon_vma -------------------------------------------------------------------------------------
-
-
-def _chain(state: State, vma: Vma) -> np.ndarray:
-    """Rows of the mapping's links, oldest first."""
-    links = np.flatnonzero(state["avc.vma"] == vma.row)
-    return links[np.argsort(state["avc.age"][links])]
-
-
-def is_singular(state: State, vma: Vma) -> bool:
-    """Whether a mapping belongs to just one anon_vma, so to no relative by fork."""
-    return _chain(state, vma).size == 1
-
-
-def _link(machine: Machine, vma: Vma, anon_vma: int) -> None:
-    row, order = machine.take("avc.vma"), _next_order(machine)
-    machine.write("avc.vma", row, vma.row)
-    machine.write("avc.anon_vma", row, anon_vma)
-    machine.write("avc.age", row, order)
-    machine.write("avc.order", row, order)
-
-
-def root_anon_vma(state: State, anon_vma: int) -> int:
-    """The oldest anon_vma of a family."""
-    parent = int(state["anon_vma.parent"][anon_vma])
-    return anon_vma if parent == anon_vma else root_anon_vma(state, parent)
-
-
-def _own(machine: Machine, vma: Vma, anon_vma: int) -> None:
-    machine.write("vma.anon_vma", vma.row, anon_vma)
-    machine.add("anon_vma.active", anon_vma, 1)
-
-
-def _new_anon_vma(machine: Machine, parent: int = 0) -> int:
-    """A new anon_vma, which is its own parent when it is given none."""
-    anon_vma = int(machine["anon_vma.used"][0]) + 1
-    machine.write("anon_vma.used", 0, anon_vma)
-    machine.write("anon_vma.parent", anon_vma, parent or anon_vma)
-    machine.add("anon_vma.children", parent or anon_vma, 1)
-    return anon_vma
-
-
-def unlink_anon_vmas(machine: Machine, vma: Vma) -> None:
-    """Take a mapping out of every anon_vma."""
-    links = _chain(machine, vma)
-    if links.size:
-        left = machine["avc.anon_vma"][links].copy()
-        for column in ("vma", "anon_vma", "age", "order"):
-            machine.write(f"avc.{column}", links, 0)
-        empty = left[~np.isin(left, machine["avc.anon_vma"])]
-        machine.add("anon_vma.children", machine["anon_vma.parent"][empty].astype(np.int64), -1)
-    if vma.anon_vma:
-        machine.add("anon_vma.active", vma.anon_vma, -1)
-        machine.write("vma.anon_vma", vma.row, 0)
-
-
-def anon_vma_clone(machine: Machine, to: Vma, source: Vma) -> None:
-    """Let ``to`` belong to all that ``source`` belongs to, with the same anon_vma of its own."""
-    for anon_vma in machine["avc.anon_vma"][_chain(machine, source)].tolist():
-        _link(machine, to, anon_vma)
-    if source.anon_vma:
-        _own(machine, to, source.anon_vma)
-
-
-def anon_vma_fork(machine: Machine, to: Vma, source: Vma) -> None:
-    """Let a child's mapping belong to all that its parent's does, and to one of its own.
-
-    An anon_vma that no mapping owns any more, and that has fewer than two children, serves again.
-    """
-    if not source.anon_vma:
-        return
-    own = 0
-    for anon_vma in machine["avc.anon_vma"][_chain(machine, source)].tolist():
-        _link(machine, to, anon_vma)
-        idle = (
-            machine["anon_vma.children"][anon_vma] < 2 and not machine["anon_vma.active"][anon_vma]
-        )
-        own = own or (anon_vma if idle else 0)
-    if not own:
-        own = _new_anon_vma(machine, source.anon_vma)
-        _link(machine, to, own)
-    _own(machine, to, own)
-
-
-def anon_vma_prepare(machine: Machine, vma: Vma) -> Vma:
-    """Give a mapping an anon_vma before its first own page: a neighbour's if that may be shared.
-
-    Two neighbours may share one when only their access permissions differ, so that they can merge
-    again later (``find_mergeable_anon_vma``: the next one is asked first).
-    """
-    vma = vma_at(machine, vma.row)
-    if vma.anon_vma:
-        return vma
-    above, below = find_vma(machine, vma.mm, vma.end), find_vma_prev(machine, vma.mm, vma.start)[1]
-    shared = 0
-    for neighbour, low, high in ((above, vma, above), (below, below, vma)):
-        if (
-            not shared
-            and low
-            and high
-            and neighbour
-            and _may_share_anon_vma(low, high)
-            and neighbour.anon_vma
-            and is_singular(machine, neighbour)
-        ):
-            shared = neighbour.anon_vma
-    if not shared:
-        shared = _new_anon_vma(machine)
-    _link(machine, vma, shared)
-    _own(machine, vma, shared)
-    return vma_at(machine, vma.row)
-
-
-def _may_share_anon_vma(low: Vma, high: Vma) -> bool:
-    return (
-        low.end == high.start
-        and low.file == high.file
-        and not (low.flags ^ high.flags) & ~(VM_ACCESS_FLAGS | VM_SOFTDIRTY)
-        and high.pgoff == low.pgoff_of(high.start)
-    )
+def next_order(machine: Machine) -> int:
+    """A place behind all that were given out before."""
+    order = int(machine["order.next"][0]) + 1
+    machine.write("order.next", 0, order)
+    return order

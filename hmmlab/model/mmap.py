@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from hmmlab.model.anon_vma import anon_vma_clone, is_singular
 from hmmlab.model.entry import Pfns, present_word
 from hmmlab.model.filemap import new_file, open_mapped_file, put_file
 from hmmlab.model.geometry import PMD_PAGES, USER_VPN_END, align_up
@@ -14,7 +15,6 @@ from hmmlab.model.huge_memory import vma_adjust_trans_huge
 from hmmlab.model.hugetlb import hugetlb_reserve_pages, hugetlb_vm_op_close
 from hmmlab.model.lru import lru_add_drain
 from hmmlab.model.machine import KernelError, Machine, Routine, kernel
-from hmmlab.model.memory import unmap_single_vma
 from hmmlab.model.mm_types import (
     VM_ACCOUNT,
     VM_DONTEXPAND,
@@ -29,18 +29,12 @@ from hmmlab.model.mm_types import (
     VM_SPECIAL,
     VM_WRITE,
     Vma,
-    anon_vma_clone,
     find_vma,
     find_vma_prev,
     flags_of_prot,
     free_mm,
-    is_singular,
     mm_lock,
     mm_root,
-    move_edges,
-    new_vma,
-    remove_vma,
-    vm_area_dup,
     vm_page_prot,
     vma_at,
     vma_lookup,
@@ -60,6 +54,8 @@ from hmmlab.model.page_table import alloc_tables, free_pgtables, rows_of_range
 from hmmlab.model.rmap import page_add_file_rmap
 from hmmlab.model.state import State
 from hmmlab.model.tlb import MmuGather
+from hmmlab.model.vma import move_edges, new_vma, remove_vma, vm_area_dup
+from hmmlab.model.zap import unmap_single_vma
 
 __all__ = [
     "close_unmapped_files",

@@ -7,22 +7,14 @@ from __future__ import annotations
 
 import numpy as np
 
+from hmmlab.model.anon_vma import anon_vma_clone
 from hmmlab.model.entry import HUGE, SOFT_DIRTY, SWP_SOFT_DIRTY, is_present, is_swap_type
 from hmmlab.model.geometry import PMD_PAGES, USER_VPN_END, align_up
 from hmmlab.model.huge_memory import split_huge_pmds_across
 from hmmlab.model.hugetlb import clear_vma_resv_huge_pages, move_hugetlb_page_tables
 from hmmlab.model.ksm import unmerge_ksm_pages
 from hmmlab.model.machine import KernelError, Machine, Routine, kernel
-from hmmlab.model.mm_types import (
-    VM_HUGETLB,
-    Vma,
-    anon_vma_clone,
-    find_vma_prev,
-    mm_lock,
-    mm_root,
-    vm_area_dup,
-    vma_lookup,
-)
+from hmmlab.model.mm_types import VM_HUGETLB, Vma, find_vma_prev, mm_lock, mm_root, vma_lookup
 from hmmlab.model.mmap import close_unmapped_files, do_munmap, vma_merge
 from hmmlab.model.mmu_notifier import (
     Event,
@@ -32,6 +24,7 @@ from hmmlab.model.mmu_notifier import (
 )
 from hmmlab.model.page_table import alloc_tables, read_range, rows_of_range, walk, word_row
 from hmmlab.model.tlb import flush_tlb
+from hmmlab.model.vma import vm_area_dup
 
 __all__ = ["sys_mremap"]
 

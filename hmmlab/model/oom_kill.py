@@ -10,7 +10,6 @@ Source: mm/oom_kill.c.
 from __future__ import annotations
 
 from hmmlab.model.machine import KernelError, Machine, Routine, kernel
-from hmmlab.model.memory import unmap_page_range
 from hmmlab.model.mm_types import VM_HUGETLB, VM_PFNMAP, VM_SHARED, mm_lock, vmas_of
 from hmmlab.model.mmu_notifier import (
     Event,
@@ -19,6 +18,7 @@ from hmmlab.model.mmu_notifier import (
     invalidate_range_start,
 )
 from hmmlab.model.tlb import MmuGather
+from hmmlab.model.zap import unmap_page_range
 
 __all__ = ["oom_reap_task_mm"]
 

@@ -17,10 +17,18 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from hmmlab.model.entry import Pfns
+from hmmlab.model.entry import Bools, Pfns
 from hmmlab.model.geometry import MAX_PHYSMEM_BITS, PAGE_SHIFT, PMD_PAGES, SECTION_PAGES
 from hmmlab.model.machine import KernelError, Machine
-from hmmlab.model.state import Rows, State, are_unique, first_and_last, some, unique_rows
+from hmmlab.model.state import (
+    Rows,
+    State,
+    are_unique,
+    first_and_last,
+    row_numbers,
+    some,
+    unique_rows,
+)
 
 __all__ = [
     "GUP_PIN_COUNTING_BIAS",
@@ -57,6 +65,7 @@ __all__ = [
     "pfn_to_page",
     "put_page",
     "set_flags",
+    "some_rows",
 ]
 
 #: One more than the last frame number that a physical address can have.
@@ -158,6 +167,13 @@ def as_rows(rows: Pfns) -> Rows:
     if first - last == rows.size - 1 and last and (rows[1:] < rows[:-1]).all():
         return slice(first, last - 1, -1)
     return rows
+
+
+def some_rows(rows: Rows, mask: Bools) -> Rows:
+    """The masked ones of ``rows``."""
+    if mask.all():
+        return rows
+    return as_rows(row_numbers(rows)[mask])
 
 
 def pfn_to_page(state: State, pfns: Pfns) -> Rows:

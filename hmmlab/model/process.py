@@ -20,18 +20,20 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from hmmlab.model.access import user_access
+from hmmlab.model.dmirror_device import UNITS
 from hmmlab.model.driver import Driver
 from hmmlab.model.fork import dup_mmap
-from hmmlab.model.machine import Actor, Machine, Routine, StepsOf, operation
+from hmmlab.model.machine import Actor, Machine, Routine
 from hmmlab.model.madvise import ADVICE, sys_madvise
 from hmmlab.model.mlock import sys_mlock
 from hmmlab.model.mm_types import flags_of_prot, new_mm
 from hmmlab.model.mmap import KINDS, close_unmapped_files, exit_mmap, sys_mmap, sys_munmap
 from hmmlab.model.mprotect import sys_mprotect
 from hmmlab.model.mremap import sys_mremap
+from hmmlab.model.operation import StepsOf, operation
 from hmmlab.model.region import REGION_PAGES, REGION_START, Pages
 from hmmlab.model.task_mmu import clear_refs_soft_dirty, read_pagemap
-from hmmlab.model.test_hmm import UNITS, Dmirror
+from hmmlab.model.test_hmm import Dmirror
 
 __all__ = ["Process"]
 

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from hmmlab.model.anon_vma import find_vmas_of_anon_vma, root_anon_vma
 from hmmlab.model.entry import (
     Pfns,
     Words,
@@ -28,14 +29,7 @@ from hmmlab.model.entry import (
 )
 from hmmlab.model.geometry import PMD_PAGES
 from hmmlab.model.machine import Machine
-from hmmlab.model.mm_types import (
-    Vma,
-    find_vmas_of_anon_vma,
-    find_vmas_of_file,
-    mm_root,
-    root_anon_vma,
-    vma_at,
-)
+from hmmlab.model.mm_types import Vma, find_vmas_of_file, mm_root, vma_at
 from hmmlab.model.page import (
     PG_ANON,
     PG_ANON_EXCLUSIVE,

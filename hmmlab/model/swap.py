@@ -23,6 +23,7 @@ from hmmlab.model.page import (
     as_rows,
     get_page,
     page_rows,
+    pfn_to_page,
     put_page,
     set_flags,
 )
@@ -35,6 +36,7 @@ __all__ = [
     "folio_free_swap",
     "free_swap_and_cache",
     "free_swap_cache",
+    "give_up_swap",
     "note_swap_cache_hits",
     "replace_in_swap_cache",
     "swap_cluster_readahead",
@@ -131,6 +133,15 @@ def free_swap_cache(machine: Machine, pfns: Pfns) -> None:
     if pfns.size:
         unmapped = machine["page.mapcount"][page_rows(machine, pfns)] == 0
         folio_free_swap(machine, pfns[unmapped])
+
+
+def give_up_swap(machine: Machine, pfns: Pfns) -> None:
+    """Take frames out of the swap cache where only that and one mapping hold them."""
+    rows = pfn_to_page(machine, pfns)
+    cached = machine["page.swap"][rows] != 0
+    if cached.any():
+        mine = cached & (machine["page.refcount"][rows] == 2)
+        folio_free_swap(machine, unique_rows(pfns[mine]))
 
 
 # --- reading --------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The test device, after lib/test_hmm.c: /dev/hmm_dmirror0 and 1, and what can be asked of them.
+"""The test device's file, after lib/test_hmm.c: /dev/hmm_dmirror0 and 1, and what they are asked.
 
 Four things here are this driver's habits and no rule of the kernel; each is marked "habit" where
 it stands: batches of 64 pages, an invalidation that forgets one page too many, a migration that
@@ -8,45 +8,34 @@ reads back without faulting, and a close that empties the whole device.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
 
 from hmmlab.model.access import make_device_exclusive_range
+from hmmlab.model.dmirror_device import DmirrorDevice, copy_content, fill_dst
+from hmmlab.model.dmirror_snapshot import SnapshotSubscriber, dmirror_mkentry
 from hmmlab.model.driver import Answer, Driver, backing
 from hmmlab.model.entry import (
     DEVICE_ATOMIC,
     DEVICE_VALID,
     DEVICE_WRITE,
-    HMM_PFN_ERROR,
-    HMM_PFN_ORDER_SHIFT,
-    HMM_PFN_VALID,
-    HMM_PFN_WRITE,
     MIGRATE_PFN_VALID,
     MIGRATE_PFN_WRITE,
     Pfns,
-    Words,
     device_word,
-    hmm_pfn_to_pfn,
     migrate_pfn,
     migrate_pfn_to_pfn,
 )
-from hmmlab.model.geometry import SECTION_PAGES
 from hmmlab.model.hmm import HmmRange
-from hmmlab.model.machine import BLOCK, BULK, KernelError, Machine, Routine, kernel, operation
-from hmmlab.model.migrate import (
+from hmmlab.model.machine import BLOCK, BULK, KernelError, Routine, kernel
+from hmmlab.model.migrate import migrate_vma_finalize, migrate_vma_pages, migrate_vma_setup
+from hmmlab.model.migrate_vma import (
     SELECT_DEVICE_COHERENT,
     SELECT_DEVICE_PRIVATE,
     SELECT_SYSTEM,
     MigrateVma,
     commuting_migrations,
-    migrate_device_finalize,
-    migrate_device_pages,
-    migrate_device_range,
-    migrate_vma_finalize,
-    migrate_vma_pages,
-    migrate_vma_setup,
 )
 from hmmlab.model.mm_types import VM_READ, VM_WRITE, Vma, mm_lock, vma_lookup
 from hmmlab.model.mmu_notifier import (
@@ -56,252 +45,18 @@ from hmmlab.model.mmu_notifier import (
     mmu_interval_notifier_remove,
     mmu_interval_set_seq,
 )
-from hmmlab.model.page import (
-    MEMORY_DEVICE_COHERENT,
-    MEMORY_DEVICE_PRIVATE,
-    PG_LOCKED,
-    ZERO_PFN,
-    alloc_pages,
-    as_rows,
-    free_mem_region,
-    is_device_private_page,
-    is_zone_device,
-    memremap_pages,
-    memunmap_pages,
-    of_pagemap,
-    page_rows,
-    pagemap_of,
-    pfn_to_page,
-    put_page,
-    set_flags,
-)
+from hmmlab.model.operation import operation
+from hmmlab.model.page import PG_LOCKED, put_page, set_flags
 from hmmlab.model.region import Pages
 from hmmlab.model.state import row_numbers, rows_where, some
 from hmmlab.model.trace import Step
 
-__all__ = ["CHUNK_PAGES", "UNITS", "Dmirror", "DmirrorDevice"]
+__all__ = ["Dmirror"]
 
 #: From the bit MIGRATE_PFN_WRITE to the bit DEVICE_WRITE.
 _WRITE_SHIFT = MIGRATE_PFN_WRITE.bit_length() - DEVICE_WRITE.bit_length()
 
-#: Frames of one chunk of device memory: 256 MiB.
-CHUNK_PAGES = 2 * SECTION_PAGES
-
-#: Units with device-private memory, and with device-coherent memory.
-PRIVATE_UNITS = (0, 1)
-COHERENT_UNITS = (2, 3)
-UNITS = PRIVATE_UNITS + COHERENT_UNITS
-
-_EPERM, _ENOENT, _ENOMEM, _EBUSY, _EINVAL = 1, 2, 12, 16, 22
-
-# Bytes of a snapshot (lib/test_hmm_uapi.h).
-PROT_ERROR = 0xFF
-PROT_READ = 0x01
-PROT_WRITE = 0x02
-PROT_PMD = 0x04
-PROT_PUD = 0x08
-PROT_ZERO = 0x10
-PROT_DEV_PRIVATE_LOCAL = 0x20
-PROT_DEV_PRIVATE_REMOTE = 0x30
-PROT_DEV_COHERENT_LOCAL = 0x40
-PROT_DEV_COHERENT_REMOTE = 0x50
-
-Machine.declare("dmirror_device.chunk", np.int64, "first frame of a unit's newest chunk")
-Machine.declare("dmirror_device.fresh", np.int64, "frames of that chunk never handed out")
-Machine.declare("dmirror_device.free", np.int64, "frames of a unit on its free list")
-Machine.declare("dmirror_chunk.number", np.int64, "place of a pagemap's chunk among all, by age")
-Machine.declare("dmirror_chunk.remove", np.int32, "1 for a pagemap whose chunk is being given up")
-for _unit in UNITS:
-    Machine.declare(f"dmirror_device.free_list.{_unit}", np.int64, f"free frames of unit {_unit}")
-
-
-class DmirrorDevice:
-    """One unit and its device memory: chunks, and frames handed out last in, first out.
-
-    A new chunk's frames are handed out from its last downwards. A device-private frame is only a
-    label: its data are in a frame of RAM taken at the same time, which ``page.private`` names. A
-    device-coherent frame holds its data itself, and its unit has one chunk only.
-    """
-
-    def __init__(self, machine: Machine, unit: int) -> None:
-        self.machine, self.unit = machine, unit
-        self.owner = unit + 1
-        self.coherent = unit in COHERENT_UNITS
-        self.free_list = f"dmirror_device.free_list.{unit}"
-        self.new_chunk()
-
-    def new_chunk(self) -> None:
-        """One more chunk, at the highest free place of physical space.
-
-        Raises
-        ------
-        KernelError
-            ENOMEM when there is none.
-        """
-        if self.coherent and any(self.chunks()):
-            raise KernelError(_ENOMEM, f"unit {self.unit} has one chunk of memory only")
-        first = free_mem_region(self.machine, CHUNK_PAGES)
-        kind = MEMORY_DEVICE_COHERENT if self.coherent else MEMORY_DEVICE_PRIVATE
-        pagemap = memremap_pages(self.machine, first, CHUNK_PAGES, self.owner, self, kind)
-        number = int(self.machine["dmirror_chunk.number"].max(initial=0)) + 1
-        self.machine.write("dmirror_chunk.number", pagemap, number)
-        self.machine.write("dmirror_device.chunk", self.unit, first)
-        self.machine.write("dmirror_device.fresh", self.unit, CHUNK_PAGES)
-
-    def chunks(self) -> Iterator[tuple[int, int]]:
-        """First frame of each chunk, and the one past its last, oldest chunk first."""
-        mine = np.flatnonzero(self.machine["pagemap.owner"] == self.owner)
-        for pagemap in mine[np.argsort(self.machine["dmirror_chunk.number"][mine])].tolist():
-            yield (
-                int(self.machine["pagemap.first"][pagemap]),
-                int(self.machine["pagemap.last"][pagemap]),
-            )
-
-    @kernel("lib/test_hmm.c", "dmirror_device_remove_chunks")
-    def remove_chunks(self) -> Routine[None]:
-        """Give up all device memory, chunk by chunk; what is on it comes home to RAM first.
-
-        A frame that somebody holds cannot go: it waits for that.
-        """
-        machine = self.machine
-        for first, last in list(self.chunks()):
-            pagemap = int(pagemap_of(machine, np.array([first]))[0])
-            machine.write("dmirror_chunk.remove", pagemap, 1)
-            self._remove_free_pages(first, last)
-            yield from self.evict_chunk(first, last)
-            rows = np.sort(page_rows(machine, np.arange(first, last)))
-            while machine["page.refcount"][as_rows(rows)].any():
-                yield machine.step(
-                    "Somebody holds device memory that is to go.", lock="a page of the device"
-                )
-            memunmap_pages(machine, pagemap)
-            for column in ("remove", "number"):
-                machine.write(f"dmirror_chunk.{column}", pagemap, 0)
-        for column in ("chunk", "fresh", "free"):
-            machine.write(f"dmirror_device.{column}", self.unit, 0)
-        yield machine.step("The device has no memory; the next migration makes a new chunk.")
-
-    def _remove_free_pages(self, first: int, last: int) -> None:
-        """Take a chunk's free frames off the list. Habit: those before its last one go too."""
-        machine, unit = self.machine, self.unit
-        if machine["dmirror_device.chunk"][unit] == first:
-            machine.write("dmirror_device.fresh", unit, 0)
-            machine.write("dmirror_device.free", unit, 0)
-        free = machine[self.free_list][: int(machine["dmirror_device.free"][unit])]
-        mine = np.flatnonzero((free >= first) & (free < last))
-        if mine.size:
-            machine.write("dmirror_device.free", unit, int(mine[0]))
-
-    @kernel("lib/test_hmm.c", "dmirror_device_evict_chunk")
-    def evict_chunk(self, first: int, last: int) -> Routine[None]:
-        """Bring what is on frames ``first`` to ``last - 1`` home to RAM, wherever it is mapped."""
-        machine = self.machine
-        migrate = yield from migrate_device_range(machine, np.arange(first, last), self.owner)
-        wanted = migrate.migrating
-        if wanted.any():
-            _fill_dst(machine, migrate, wanted)
-        yield from migrate_device_pages(machine, migrate)
-        yield from migrate_device_finalize(machine, migrate)
-
-    def alloc_pages(self, count: int, file: int) -> Pfns:
-        """Up to ``count`` device frames for ``file``, locked, in the order of handing out."""
-        machine, taken = self.machine, []
-        backing = np.zeros(0, np.int64) if self.coherent else alloc_pages(machine, count)
-        missing = count
-        while missing:
-            free = int(machine["dmirror_device.free"][self.unit])
-            fresh = int(machine["dmirror_device.fresh"][self.unit])
-            if free:
-                got = min(missing, free)
-                taken.append(machine[self.free_list][free - got : free][::-1].copy())
-                machine.write("dmirror_device.free", self.unit, free - got)
-            elif fresh:
-                got = min(missing, fresh)
-                top = int(machine["dmirror_device.chunk"][self.unit]) + fresh
-                taken.append(np.arange(top - 1, top - 1 - got, -1))
-                machine.write("dmirror_device.fresh", self.unit, fresh - got)
-            else:
-                try:
-                    self.new_chunk()
-                except KernelError:
-                    put_page(machine, backing[count - missing :])
-                    break
-                continue
-            missing -= got
-        pfns = taken[0] if len(taken) == 1 else np.concatenate([np.zeros(0, np.int64), *taken])
-        rows = pfn_to_page(machine, pfns)
-        machine.called("zone_device_page_init", pfns.size)
-        machine.write("page.refcount", rows, 1)
-        set_flags(machine, pfns, PG_LOCKED, rows=rows)
-        if self.coherent:
-            machine.write("page.private", rows, file)
-        else:
-            machine.write("page.private", rows, backing[: pfns.size])
-            machine.write("page.private", as_rows(backing[: pfns.size]), file)
-        return pfns
-
-    # --- struct dev_pagemap_ops -------------------------------------------------------------------
-    def page_free(self, machine: Machine, pfns: Pfns) -> None:
-        """Take device frames back, and free the RAM behind them (``dmirror_devmem_free``)."""
-        machine.called("dmirror_devmem_free", pfns.size)
-        rows = pfn_to_page(machine, pfns)
-        if not self.coherent:
-            put_page(machine, machine["page.private"][rows].copy())
-        machine.write("page.private", rows, 0)
-        if machine["dmirror_chunk.remove"].any():
-            pfns = pfns[machine["dmirror_chunk.remove"][pagemap_of(machine, pfns)] == 0]
-        free = int(machine["dmirror_device.free"][self.unit])
-        machine.write(self.free_list, slice(free, free + pfns.size), pfns)
-        machine.write("dmirror_device.free", self.unit, free + pfns.size)
-
-    def migrate_to_ram(
-        self, machine: Machine, vma: Vma, vpns: Pfns, pfns: Pfns, flags: int
-    ) -> Routine[None]:
-        """The CPU touched device pages: bring each back by a migration of its own."""
-        files = machine["page.private"][as_rows(backing(machine, pfns))].copy()
-        # One file after another in page order, for frames are freed in that order.
-        edges = [0, *(np.flatnonzero(files[1:] != files[:-1]) + 1).tolist(), files.size]
-        for first, last in pairwise(edges):
-            mirror: Dmirror = machine.objects["device_file"][int(files[first])]
-            yield from mirror.devmem_fault(vma, vpns[first:last], pfns[first:last])
-
-
-def _copy(machine: Machine, source: Pfns, target: Pfns, copied: NDArray[np.bool_]) -> None:
-    """Copy content from RAM to RAM, or leave zeros where nothing is copied."""
-    words = machine["page.content"][pfn_to_page(machine, source)]
-    if not copied.all():
-        words = np.where(copied, words, np.uint64(0))
-    machine.write("page.content", pfn_to_page(machine, target), words)
-
-
-def _fill_dst(machine: Machine, migrate: MigrateVma, wanted: NDArray[np.bool_]) -> None:
-    """New, locked frames of RAM as ``dst`` of ``wanted``, with the content of ``src``."""
-    src = some(migrate.src, wanted)
-    frames = alloc_pages(machine, src.size)
-    set_flags(machine, frames, PG_LOCKED)
-    source = backing(machine, migrate_pfn_to_pfn(src))
-    _copy(machine, source, frames, copied=np.ones(src.size, np.bool_))
-    entries = migrate_pfn(frames) | (src & np.uint64(MIGRATE_PFN_WRITE))
-    migrate.dst[rows_where(wanted)] = entries
-
-
-@Machine.at_boot
-def _load(machine: Machine) -> None:
-    """The module makes one chunk a unit when it is loaded."""
-    machine.objects["dmirror_device"] = {u: DmirrorDevice(machine, u) for u in UNITS}
-
-
-class _SnapshotSubscriber:
-    """The subscription that a snapshot makes for its own range: it only notes that it was hit."""
-
-    takes_series = True
-
-    def __init__(self, machine: Machine) -> None:
-        self.machine = machine
-
-    def invalidate(self, subscription: int, range: MmuNotifierRange, cur_seq: int) -> bool:
-        mmu_interval_set_seq(self.machine, subscription, cur_seq)
-        return True
+_EPERM, _ENOENT, _EBUSY, _EINVAL = 1, 2, 16, 22
 
 
 class Dmirror(Driver):
@@ -433,37 +188,20 @@ class Dmirror(Driver):
                 np.zeros(last - first, np.uint64),
                 dev_private_owner=self.device,
             )
-            subscriber = _SnapshotSubscriber(self.machine)
+            subscriber = SnapshotSubscriber(self.machine)
             range.notifier = yield from mmu_interval_notifier_insert(
                 self.machine, self.mm, first, last, subscriber
             )
             try:
                 yield from self.look(range)
                 self.machine.up_write(self.lock)
-                out[first - start : last - start] = self._bytes(range.hmm_pfns)
+                out[first - start : last - start] = dmirror_mkentry(
+                    self.machine, self.device, range.hmm_pfns
+                )
             finally:
                 yield from mmu_interval_notifier_remove(self.machine, range.notifier)
             answer.cpages += last - first
         return answer
-
-    def _bytes(self, hmm_pfns: Words) -> NDArray[np.uint8]:
-        """What the test device tells of each page (``dmirror_mkentry``)."""
-        pfns = hmm_pfn_to_pfn(hmm_pfns)
-        order = (hmm_pfns >> np.uint64(HMM_PFN_ORDER_SHIFT)) & np.uint64(31)
-        device = is_zone_device(self.machine, pfns)
-        owner = of_pagemap(self.machine, "owner", pfns)
-        private = is_device_private_page(self.machine, pfns)
-        local = np.where(
-            owner == self.device,
-            np.where(private, PROT_DEV_PRIVATE_LOCAL, PROT_DEV_COHERENT_LOCAL),
-            np.where(private, PROT_DEV_PRIVATE_REMOTE, PROT_DEV_COHERENT_REMOTE),
-        )
-        kind = np.where(device, local, np.where(pfns == ZERO_PFN, PROT_ZERO, 0))
-        kind |= np.where((hmm_pfns & np.uint64(HMM_PFN_WRITE)) != 0, PROT_WRITE, PROT_READ)
-        kind |= np.where(order == 9, PROT_PMD, 0) | np.where(order == 18, PROT_PUD, 0)
-        kind = np.where((hmm_pfns & np.uint64(HMM_PFN_VALID)) != 0, kind, 0)
-        kind = np.where((hmm_pfns & np.uint64(HMM_PFN_ERROR)) != 0, PROT_ERROR, kind)
-        return kind.astype(np.uint8)
 
     # --- migration --------------------------------------------------------------------------------
     def _batches(self, start: int, stop: int, flags: int) -> Iterator[MigrateVma]:
@@ -536,7 +274,9 @@ class Dmirror(Driver):
                 src, at = src[:taken], row_numbers(at)[:taken]
             valid = (src & np.uint64(MIGRATE_PFN_VALID)) != 0
             copied = int(np.count_nonzero(valid))
-            _copy(self.machine, migrate_pfn_to_pfn(src), backing(self.machine, frames), valid)
+            copy_content(
+                self.machine, migrate_pfn_to_pfn(src), backing(self.machine, frames), valid
+            )
             entries = migrate_pfn(frames) | (src & np.uint64(MIGRATE_PFN_WRITE))
             if migrate.vma.flags & VM_WRITE and copied < taken:
                 entries |= ~valid * np.uint64(MIGRATE_PFN_WRITE)
@@ -615,7 +355,7 @@ class Dmirror(Driver):
                 among = np.zeros(stop - start, np.bool_)
                 among[migrate.vpns[wanted] - start] = True
             self.forget(start, stop, among)
-            _fill_dst(self.machine, migrate, wanted)
+            fill_dst(self.machine, migrate, wanted)
         yield self._migration_step(
             migrate, f"Of {{range}}, {self.name} copies {count} to RAM, and forgets what moves."
         )

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from hmmlab.model.dmirror_device import UNITS
 from hmmlab.model.entry import Pfns
 from hmmlab.model.page import (
     MEMORY_DEVICE_COHERENT,
@@ -21,7 +22,6 @@ from hmmlab.model.page import (
 )
 from hmmlab.model.rmap import rmap_walk
 from hmmlab.model.state import State
-from hmmlab.model.test_hmm import UNITS
 from hmmlab.model.trace import Replay
 from hmmlab.widgets import reading
 from hmmlab.widgets.playhead import Page

@@ -14,9 +14,10 @@ from hmmlab.model.entry import (
     swap_word,
 )
 from hmmlab.model.geometry import ENTRIES, PMD_PAGES
-from hmmlab.model.mm_types import mm_lock, mm_root, new_vma, vmas_of
+from hmmlab.model.mm_types import mm_lock, mm_root, vmas_of
 from hmmlab.model.page import PG_ANON, PG_LOCKED, ZERO_PFN
 from hmmlab.model.page_table import alloc_tables, set_huge, table_of, word_row
+from hmmlab.model.vma import new_vma
 
 PAGES = 16
 TOUCHED = 8  # the first pages of A, of which the device has the first two

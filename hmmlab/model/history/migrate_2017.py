@@ -24,14 +24,12 @@ from hmmlab.model.entry import Pfns, Words, migrate_pfn_to_pfn
 from hmmlab.model.history.devmem_2017 import HMM_DEVMEM_OWNER, HmmDevmem
 from hmmlab.model.history.era import EINVAL
 from hmmlab.model.machine import Machine, Routine, kernel
-from hmmlab.model.migrate import (
+from hmmlab.model.migrate import migrate_vma_finalize, migrate_vma_pages, migrate_vma_setup
+from hmmlab.model.migrate_vma import (
     SELECT_DEVICE_COHERENT,
     SELECT_DEVICE_PRIVATE,
     SELECT_SYSTEM,
     MigrateVma,
-    migrate_vma_finalize,
-    migrate_vma_pages,
-    migrate_vma_setup,
 )
 from hmmlab.model.mm_types import VM_HUGETLB, VM_SPECIAL, Vma
 from hmmlab.model.page import is_zone_device

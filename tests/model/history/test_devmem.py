@@ -39,7 +39,6 @@ from hmmlab.model.history.migrate_2017 import (
     migrate_vma,
 )
 from hmmlab.model.machine import KernelError
-from hmmlab.model.memory import FAULT_FLAG_REMOTE, FAULT_FLAG_WRITE
 from hmmlab.model.mm_types import VM_HUGETLB, VM_PFNMAP, mm_lock, mm_root, vma_lookup
 from hmmlab.model.page import (
     PG_LOCKED,
@@ -52,6 +51,7 @@ from hmmlab.model.page import (
     set_flags,
 )
 from hmmlab.model.page_table import read_range, word_row
+from hmmlab.model.swap_fault import FAULT_FLAG_REMOTE, FAULT_FLAG_WRITE
 
 SECTION = SECTION_PAGES * PAGE_SIZE
 V, M, L, W, D = (

@@ -1,0 +1,159 @@
+"""A write to a page that is not writable: the frame is used as it is, or copied.
+
+Source: mm/memory.c.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hmmlab.model.anon_vma import anon_vma_prepare
+from hmmlab.model.entry import (
+    ACCESSED,
+    DIRTY,
+    RW,
+    SOFT_DIRTY,
+    SPECIAL,
+    Pfns,
+    Words,
+    pfn_of,
+    present_word,
+)
+from hmmlab.model.geometry import PMD_PAGES
+from hmmlab.model.machine import Machine, Routine, kernel
+from hmmlab.model.mm_types import VM_SHARED, VM_WRITE, Vma, vm_page_prot
+from hmmlab.model.mmu_notifier import (
+    Event,
+    MmuNotifierRange,
+    invalidate_range_end,
+    invalidate_range_start,
+)
+from hmmlab.model.page import (
+    PG_ANON,
+    PG_ANON_EXCLUSIVE,
+    PG_DIRTY,
+    PG_KSM,
+    PG_LRU,
+    ZERO_PFN,
+    alloc_pages,
+    as_rows,
+    frames_of,
+    pfn_to_page,
+    put_page,
+    set_flags,
+    some_rows,
+)
+from hmmlab.model.rmap import page_add_new_anon_rmap, page_remove_rmap
+from hmmlab.model.state import Rows, some, unique_rows
+from hmmlab.model.swap import free_swap_cache, give_up_swap
+from hmmlab.model.tlb import ptep_clear_flush_notify
+
+__all__ = ["born_dirty", "do_wp_page", "wp_page_copy"]
+
+
+@kernel("mm/memory.c")
+def do_wp_page(machine: Machine, vma: Vma, vpns: Pfns, rows: Rows, words: Words) -> Routine[None]:
+    """A write to pages that are present and not writable: reuse the frame, or copy it."""
+    normal = (words & np.uint64(SPECIAL)) == 0
+    frames = pfn_of(words)
+    if not normal.all():
+        frames = np.where(normal, frames, ZERO_PFN)
+    at = pfn_to_page(machine, frames)
+    flags = machine["page.flags"][at]
+    anon = normal & ((flags & np.uint32(PG_ANON)) != 0)
+    exclusive = anon & ((flags & np.uint32(PG_ANON_EXCLUSIVE)) != 0)
+    alone = anon & ~exclusive & ((flags & np.uint32(PG_KSM)) == 0)
+    give_up_swap(machine, some(frames, alone))
+    alone &= _folio_ref_count(machine, at) == 1
+    shared = normal & ~anon & bool(vma.flags & VM_SHARED)
+    if shared.any():  # wp_page_shared
+        set_flags(machine, frames[shared], PG_DIRTY)
+    reuse = exclusive | alone | shared
+    if alone.any():  # page_move_anon_rmap: the last one left owns it from now on
+        set_flags(machine, frames[alone], PG_ANON_EXCLUSIVE)
+        machine.write("page.mapping", some_rows(at, alone), vma.anon_vma)
+    if reuse.any():
+        marks = np.uint64(ACCESSED | DIRTY | SOFT_DIRTY | (RW if vma.flags & VM_WRITE else 0))
+        machine.write("pte", some_rows(rows, reuse), some(words, reuse) | marks)
+        yield machine.step(
+            "Nobody else has the frame of {range}: it becomes writable in place."
+            if not shared.any()
+            else "All shall see what is written to {range}: it becomes writable in place.",
+            vma.mm,
+            int(vpns[reuse][0]),
+            int(vpns[reuse][-1]) + 1,
+        )
+    copy = ~reuse
+    if copy.any():
+        yield from wp_page_copy(
+            machine, vma, some(vpns, copy), some_rows(rows, copy), some(words, copy)
+        )
+
+
+def _folio_ref_count(machine: Machine, rows: Rows) -> NDArray[np.int32]:
+    """References to the pages, those to all of its frames for part of a huge page."""
+    counts: NDArray[np.int32] = machine["page.refcount"][rows].copy()
+    compound = machine["page.compound"][rows]
+    if compound.any():
+        parts = np.flatnonzero(compound)
+        heads, which = np.unique(compound[parts], return_inverse=True)
+        frames = frames_of(heads).reshape(heads.size, PMD_PAGES)
+        mine = machine["page.compound"][frames] != 0  # some may be free, and used for other things
+        counts[parts] = (machine["page.refcount"][frames] * mine).sum(axis=1)[which]
+    return counts
+
+
+@kernel("mm/memory.c")
+def wp_page_copy(machine: Machine, vma: Vma, vpns: Pfns, rows: Rows, words: Words) -> Routine[None]:
+    """Copy on write: each page gets a frame of its own, inside a CLEAR of that page.
+
+    Where the word has changed since ``words`` was read, the copy is given up (``pte_same``).
+    """
+    vma = anon_vma_prepare(machine, vma)
+    normal = (words & np.uint64(SPECIAL)) == 0
+    old = pfn_of(words)
+    at = pfn_to_page(machine, old)
+    new = alloc_pages(machine, vpns.size)
+    machine.write("page.content", as_rows(new), machine["page.content"][at])
+    range = MmuNotifierRange.each(vma.mm, Event.CLEAR, vpns, vma=vma.row)
+    yield from invalidate_range_start(machine, range)
+    same = machine["pte"][rows] == words
+    if not same.all():
+        put_page(machine, new[~same])
+        if not same.any():
+            yield from invalidate_range_end(machine, range)
+            return
+        vpns, rows, old, new, normal = (
+            vpns[same],
+            some_rows(rows, same),
+            old[same],
+            new[same],
+            normal[same],
+        )
+        at = pfn_to_page(machine, old)
+    set_flags(machine, new, PG_LRU)
+    ptep_clear_flush_notify(machine, vma.mm, vpns.size)
+    page_add_new_anon_rmap(machine, new, vma, vpns)
+    machine.write("pte", rows, present_word(new, born_dirty(vma, vm_page_prot(vma.flags))))
+    if not normal.all():
+        old = old[normal]
+        at = pfn_to_page(machine, old)
+    page_remove_rmap(machine, old, rows=at)
+    yield machine.step(
+        "A frame of its own for {range}: "
+        + ("the old one keeps its readers." if normal.all() else "so far it was the zero page."),
+        vma.mm,
+        int(vpns[0]),
+        int(vpns[-1]) + 1,
+    )
+    yield from invalidate_range_end(machine, range)
+    put_page(machine, old, at)
+    cached = machine["page.swap"][at] != 0
+    if cached.any():
+        free_swap_cache(machine, unique_rows(old[cached]))
+
+
+def born_dirty(vma: Vma, prot: int) -> int:
+    """``prot`` for a page that is mapped to be written (``maybe_mkwrite``)."""
+    return prot | DIRTY | SOFT_DIRTY | RW if vma.flags & VM_WRITE else prot

@@ -1,0 +1,118 @@
+"""Every column, the one door through which they change, and who listens at it.
+
+Rooms declare their columns with :meth:`Door.declare`, by the name ``Machine.declare``, when they
+are imported; a new machine has them all.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from hmmlab.model.state import Rows, State, unique_rows
+from hmmlab.model.trace import Observer, Trace
+
+__all__ = ["Door"]
+
+#: Values that take a page or more.
+_MANY = 1024
+
+
+def _kept(values: NDArray[Any]) -> NDArray[Any]:
+    """A copy of some values for whoever listens; of many that are alike, one stands for all."""
+    if values.size >= _MANY and (values == values[0]).all():
+        return np.broadcast_to(values[0], values.shape)
+    return np.array(values)
+
+
+class Door(State):
+    """Columns that change by :meth:`write` and :meth:`add` only; observers hear of each change."""
+
+    _declared: ClassVar[dict[str, tuple[DTypeLike, str]]] = {}
+
+    def __init__(self, ram_pages: int) -> None:
+        super().__init__({name: dtype for name, (dtype, _) in self._declared.items()}, ram_pages)
+        self._observers: list[Observer] = []
+
+    # --- what rooms say when they are imported ----------------------------------------------------
+    @classmethod
+    def declare(cls, name: str, dtype: DTypeLike, meaning: str) -> str:
+        """Give every machine a column ``name``; zero must mean "absent". Returns the name."""
+        cls._declared[name] = (dtype, meaning)
+        return name
+
+    @classmethod
+    def meaning(cls, column: str) -> str:
+        """What a column holds, in words."""
+        return cls._declared[column][1]
+
+    # --- changing ---------------------------------------------------------------------------------
+    def write(self, column: str, rows: Rows, values: Any) -> None:
+        """Set ``rows`` (unique) of ``column`` to ``values``. The only way to change a column."""
+        array = self._columns[column].reserve(rows)
+        if not self._observers:
+            array[rows] = values
+            return
+        old = _kept(array[rows])
+        array[rows] = values
+        self.tell("wrote", column, rows, old, _kept(array[rows]))
+
+    def add(self, column: str, rows: Rows, delta: Any) -> None:
+        """Add ``delta`` to ``rows`` of ``column``, once for each time that a row stands there."""
+        array = self._columns[column].reserve(rows)
+        if isinstance(rows, (slice, int, np.integer)):
+            if self._observers:
+                self.write(column, rows, array[rows] + delta)
+            else:
+                array[rows] += delta
+            return
+        amount = np.asarray(delta).astype(array.dtype)  # another dtype is two hundred times slower
+        if not amount.ndim and ((rows[1:] > rows[:-1]).all() or (rows[1:] < rows[:-1]).all()):
+            self.write(column, rows, array[rows] + amount)
+            return
+        if not self._observers:
+            np.add.at(array, rows, amount)
+            return
+        unique = unique_rows(rows)
+        old = array[unique]
+        np.add.at(array, rows, amount)
+        self.tell("wrote", column, unique, old, array[unique])
+
+    def take(self, column: str) -> int:
+        """First row of ``column`` that is zero: a free place in a table of records."""
+        array = self[column]
+        free = np.flatnonzero(array[1:] == 0)
+        return int(free[0]) + 1 if free.size else int(array.size)
+
+    # --- who listens ------------------------------------------------------------------------------
+    def tell(self, what: str, *args: Any) -> None:
+        """Tell every observer."""
+        for observer in self._observers:
+            getattr(observer, what)(*args)
+
+    def tell_called(self, number: int, calls: tuple[tuple[int, str], ...]) -> None:
+        """Tell who wants to know what an operation called after its last step (``called``)."""
+        for observer in self._observers:
+            if hook := getattr(observer, "called", None):
+                hook(number, calls)
+
+    @property
+    def observed(self) -> bool:
+        """Whether anybody listens; nobody needs a record otherwise."""
+        return bool(self._observers)
+
+    def attach(self, observer: Observer) -> None:
+        """Let an observer hear all that happens from now on."""
+        self._observers.append(observer)
+
+    def detach(self, observer: Observer) -> None:
+        """Let an observer hear no more."""
+        self._observers.remove(observer)
+
+    def record(self) -> Trace:
+        """Record from now on. Returns the trace, which grows with every operation."""
+        trace = Trace(self.copy())
+        self.attach(trace)
+        return trace

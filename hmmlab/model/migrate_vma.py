@@ -1,0 +1,381 @@
+"""A migration, and which pages it takes: how they are collected, how many at once.
+
+Source: include/linux/migrate.h, mm/migrate_device.c.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from hmmlab.model.entry import (
+    MIGRATE_PFN_MIGRATE,
+    MIGRATE_PFN_VALID,
+    MIGRATE_PFN_WRITE,
+    RW,
+    SPECIAL,
+    SWP_DEVICE_WRITE,
+    Bools,
+    Pfns,
+    Words,
+    is_device_private,
+    is_present,
+    migrate_pfn,
+    migrate_pfn_to_pfn,
+    named_pfn,
+    pfn_of,
+    swap_type,
+)
+from hmmlab.model.geometry import LEVEL_PAGES, PMD_PAGES, align_down
+from hmmlab.model.huge_memory import split_huge_pmd
+from hmmlab.model.machine import BLOCK, BULK, Machine, Routine, kernel
+from hmmlab.model.migration import Places, freeze, split_huge_page
+from hmmlab.model.mm_types import VM_HUGETLB, VM_SPECIAL, Vma, mm_root
+from hmmlab.model.mmu_notifier import series_commute
+from hmmlab.model.page import (
+    GUP_PIN_COUNTING_BIAS,
+    PG_ANON,
+    PG_ANON_EXCLUSIVE,
+    PG_DIRTY,
+    PG_LOCKED,
+    PG_LRU,
+    PG_SWAPBACKED,
+    ZERO_PFN,
+    as_rows,
+    free_ram,
+    is_zone_device,
+    of_pagemap,
+    pfn_to_page,
+)
+from hmmlab.model.page_table import read_range, rows_of, walk
+from hmmlab.model.state import are_unique, rows_where, some
+from hmmlab.model.tlb import flush_tlb
+
+__all__ = [
+    "SELECT_DEVICE_COHERENT",
+    "SELECT_DEVICE_PRIVATE",
+    "SELECT_SYSTEM",
+    "MigrateVma",
+    "commuting_migrations",
+    "walk_page_range",
+]
+
+_WRITE_BIT = MIGRATE_PFN_WRITE.bit_length() - 1
+
+SELECT_SYSTEM = 1
+SELECT_DEVICE_PRIVATE = 2
+SELECT_DEVICE_COHERENT = 4
+
+
+@dataclass
+class MigrateVma:
+    """A migration (``struct migrate_vma``).
+
+    Attributes
+    ----------
+    vma
+        The mapping; None when device frames are evicted wherever they are mapped.
+    vpns
+        Page numbers, int64 of shape (n,), ascending.
+    pgmap_owner
+        Device on whose behalf it is done.
+    flags
+        SELECT_* bits: which pages are collected.
+    fault_pages
+        Frames that the CPU is faulting on (``fault_page``), each held by one more reference; int64,
+        maybe empty.
+    each
+        Whether every page is a migration of its own, one after another, as faults are.
+    batch
+        Pages of one migration, where this stands for several of them, one after another, that
+        :func:`commuting_migrations` has found to commute; 0 where it is one.
+    src, dst
+        MIGRATE_PFN_* entries, uint64 of shape (n,).
+    cpages
+        How many entries of ``src`` have MIGRATE.
+    elsewhere
+        Whether pages were frozen at other places besides.
+    """
+
+    vma: Vma | None
+    vpns: Pfns
+    pgmap_owner: int
+    flags: int
+    fault_pages: Pfns = field(default_factory=lambda: np.zeros(0, np.int64))
+    each: bool = False
+    batch: int = 0
+    src: Words = field(init=False)
+    dst: Words = field(init=False)
+    cpages: int = 0
+    elsewhere: bool = False
+
+    def __post_init__(self) -> None:
+        self.src = np.zeros(self.vpns.size, np.uint64)
+        self.dst = np.zeros(self.vpns.size, np.uint64)
+
+    @property
+    def batches(self) -> int:
+        """How many migrations it stands for."""
+        return -(-self.vpns.size // self.batch) if self.batch else 1
+
+    @property
+    def migrating(self) -> Bools:
+        """Which entries of ``src`` have MIGRATE."""
+        return (self.src & np.uint64(MIGRATE_PFN_MIGRATE)) != 0
+
+    @property
+    def valid(self) -> Bools:
+        """Which entries of ``src`` name a page."""
+        return (self.src & np.uint64(MIGRATE_PFN_VALID)) != 0
+
+    @property
+    def writable(self) -> Bools:
+        """Which entries of ``src`` were writable."""
+        return (self.src & np.uint64(MIGRATE_PFN_WRITE)) != 0
+
+    @property
+    def src_pfns(self) -> Pfns:
+        """Frame of each entry of ``src``; 0 where it names none."""
+        return migrate_pfn_to_pfn(self.src)
+
+    @property
+    def dst_pfns(self) -> Pfns:
+        """Frame of each entry of ``dst``; 0 where the driver gave none."""
+        return migrate_pfn_to_pfn(self.dst)
+
+    def places(self, machine: Machine, vpns: Pfns) -> Places | None:
+        """Where the migration entries of some pages are, unless the reverse mapping must tell."""
+        if self.vma is None or self.elsewhere:
+            return None
+        rows = rows_of(machine, mm_root(machine, self.vma.mm), vpns)
+        return Places(self.vma.row, vpns, rows)
+
+    def faulted(self, pfns: Pfns) -> Bools:
+        """Which of ``pfns`` the CPU is faulting on."""
+        if not self.fault_pages.size:
+            return np.zeros(pfns.size, np.bool_)
+        if np.array_equal(pfns, self.fault_pages):
+            return np.ones(pfns.size, np.bool_)
+        return np.isin(pfns, self.fault_pages)
+
+    def now(self, machine: Machine) -> MigrateVma | None:
+        """A copy with the arrays as they are, for a step to carry; None where nobody listens."""
+        if not machine.observed:
+            return None
+        copied = copy.copy(self)
+        copied.src, copied.dst = self.src.copy(), self.dst.copy()
+        return copied
+
+    def keep(self, which: Bools) -> None:
+        """Clear MIGRATE where ``which`` is False."""
+        if not which.all():
+            self.src[~which] &= ~np.uint64(MIGRATE_PFN_MIGRATE)
+            self.count()
+
+    def count(self) -> None:
+        """Count the entries that have MIGRATE."""
+        self.cpages = int(np.count_nonzero(self.migrating))
+
+
+# --- several at once ------------------------------------------------------------------------------
+
+#: Flags that a page may have that moves without concern to anybody else.
+_USUAL = PG_ANON | PG_ANON_EXCLUSIVE | PG_DIRTY | PG_LRU | PG_SWAPBACKED
+
+
+def commuting_migrations(
+    machine: Machine, vma: Vma, start: int, stop: int, batch: int, flags: int
+) -> int:
+    """End of the batches from ``start`` on, at least one, that may be taken as one migration.
+
+    Each of their pages is empty, or stays for what it is, or moves for sure: nobody else maps or
+    holds it. ``stop`` is within ``vma``. One batch is all there is at any grain but bulk.
+    """
+    last = min(start + batch, stop)
+    if machine.grain < BULK or last == stop or not vma.is_anonymous:
+        return last
+    if vma.flags & (VM_SPECIAL | VM_HUGETLB) or not series_commute(machine, vma.mm, start, stop):
+        return last
+    end = min(stop, start + max(BLOCK // batch, 1) * batch)
+    root = mm_root(machine, vma.mm)
+    end = min([end, *(run.start for run in walk(machine, root, start, end) if run.huge)])
+    words = read_range(machine, root, start, end)
+    present = is_present(words)
+    zero = present & ((words & np.uint64(SPECIAL)) != 0)
+    private = absent = ~present
+    if absent.any():
+        private = is_device_private(words)
+    pfns = named_pfn(words)
+    chosen = np.zeros(words.size, np.bool_)
+    if flags & SELECT_DEVICE_PRIVATE:
+        chosen |= private
+    if flags & (SELECT_SYSTEM | SELECT_DEVICE_COHERENT):
+        chosen |= present & ~zero
+    rows = pfn_to_page(machine, pfns)
+    alone = machine["page.refcount"][rows] == 1
+    alone &= machine["page.mapcount"][rows] == 1
+    alone &= (machine["page.flags"][rows] & np.uint32(~_USUAL & 0xFFFFFFFF)) == 0
+    alone &= machine["page.compound"][rows] == 0
+    alone &= machine["page.swap"][rows] == 0
+    odd = chosen & ~alone
+    if zero.any():
+        odd |= zero & (pfns != ZERO_PFN)
+    if absent.any():
+        odd |= absent & ~private & (words != 0)
+    if odd.any():
+        end = start + int(np.argmax(odd))
+    if end - start > free_ram(machine):
+        return last
+    return max(last, end if end == stop else end - (end - start) % batch)
+
+
+# --- collecting -----------------------------------------------------------------------------------
+
+
+@kernel("mm/pagewalk.c")
+def walk_page_range(machine: Machine, migrate: MigrateVma, vma: Vma) -> Routine[None]:
+    """Collect table by table; where no table is, nothing is there and may be filled."""
+    low, high = int(migrate.vpns[0]), int(migrate.vpns[-1]) + 1
+    table_by_table = machine.grain < PMD_PAGES
+    yield from _split_huge_pages(machine, vma, low, high)
+    for run in walk(machine, mm_root(machine, vma.mm), low, high):
+        if run.huge:  # it could not be split
+            continue
+        if run.row < 0:
+            pages = LEVEL_PAGES[run.level]
+            machine.called("migrate_vma_collect_hole", -(-run.stop // pages) - run.start // pages)
+            part = slice(*np.searchsorted(migrate.vpns, (run.start, run.stop)))
+            migrate.src[part] = MIGRATE_PFN_MIGRATE if vma.is_anonymous else 0
+            migrate.count()
+            continue
+        at = run.start
+        while at < run.stop:  # over page tables, or all at once
+            end = (
+                min(run.stop, align_down(at, PMD_PAGES) + PMD_PAGES) if table_by_table else run.stop
+            )
+            part = slice(*np.searchsorted(migrate.vpns, (at, end)))
+            row = run.row + at - run.start
+            if part.start < part.stop:
+                yield from migrate_vma_collect_pmd(machine, migrate, vma, part, row - at)
+            at = end
+
+
+def _split_huge_pages(machine: Machine, vma: Vma, low: int, high: int) -> Routine[None]:
+    """Take apart what is huge, pages of zeros and pages of memory."""
+    for run in list(walk(machine, mm_root(machine, vma.mm), low, high)):
+        if not run.huge:
+            continue
+        for at in np.arange(align_down(run.start, PMD_PAGES), run.stop, PMD_PAGES).tolist():
+            word = machine["pte"][run.row + max(at, run.start) - run.start]
+            if word & np.uint64(SPECIAL):
+                yield from split_huge_pmd(machine, vma, at)
+            else:
+                head = int(machine["page.compound"][pfn_of(np.array([word]))[0]])
+                yield from split_huge_page(machine, head)
+
+
+@kernel("mm/migrate_device.c")
+def migrate_vma_collect_pmd(
+    machine: Machine, migrate: MigrateVma, vma: Vma, part: slice, offset: int
+) -> Routine[None]:
+    """Look at words, and freeze those that can move behind a migration entry.
+
+    ``part`` of the migration's pages is looked at; the word of page ``vpn`` is in row
+    ``vpn + offset``.
+    """
+    vpns = migrate.vpns[part]
+    src = migrate.src[part]
+    word_rows = as_rows(vpns + offset)
+    words = machine["pte"][word_rows].copy()
+    present = is_present(words)
+    zero = present & ((words & np.uint64(SPECIAL)) != 0)
+    absent = hole = ~present
+    if absent.any():
+        hole = (words == 0) & vma.is_anonymous
+    if migrate.flags & SELECT_SYSTEM:
+        hole |= zero
+    pfns = named_pfn(words)
+    selected = _selected(machine, migrate, words, present & ~zero, pfns)
+    rows = pfn_to_page(machine, pfns)
+    page_flags = machine["page.flags"][rows]
+    selected &= (page_flags & np.uint32(PG_LOCKED)) == 0
+    selected &= machine["page.compound"][rows] == 0
+    exclusive = selected & ((page_flags & np.uint32(PG_ANON_EXCLUSIVE)) != 0)
+    # A page that may be pinned stays exclusive, and so stays where it is.
+    pinned = exclusive & (machine["page.refcount"][rows] >= GUP_PIN_COUNTING_BIAS)
+    selected &= ~pinned
+    exclusive &= ~pinned
+    if not isinstance(rows, slice):
+        selected &= _first_of_each(pfns, selected)
+    writable = (words & np.uint64(RW)) != 0
+    if absent.any():
+        writable = (present & writable) | (swap_type(words) == SWP_DEVICE_WRITE)
+    if hole.any():
+        src[hole] = MIGRATE_PFN_MIGRATE
+    if machine.observed:
+        machine.called_in_turn(
+            ("flush_tlb_mm_range", present & (exclusive | pinned)),
+            ("page_remove_rmap", selected),
+        )
+    if selected.any():
+        pfns, writable = some(pfns, selected), some(writable, selected)
+        at = rows_where(selected)
+        entries = migrate_pfn(pfns)
+        entries |= np.uint64(MIGRATE_PFN_MIGRATE)
+        entries |= writable.astype(np.uint64) << np.uint64(_WRITE_BIT)
+        src[at] = entries
+        if pfns.size < vpns.size:
+            word_rows = as_rows(vpns[selected] + offset)
+        freeze(
+            machine,
+            word_rows,
+            some(words, selected),
+            pfns,
+            writable,
+            some(exclusive, selected),
+        )
+        flush_tlb(machine, int((selected & present).any()))
+    frozen, empty = np.count_nonzero(selected), np.count_nonzero(hole)
+    migrate.cpages += int(frozen + empty)
+    yield machine.step(
+        f"{frozen} pages of {{range}} are frozen behind migration entries, "
+        f"{empty} are empty and may be filled.",
+        vma.mm,
+        int(vpns[0]),
+        int(vpns[-1]) + 1,
+        detail=migrate.now(machine),
+    )
+
+
+def _selected(
+    machine: Machine, migrate: MigrateVma, words: Words, normal: Bools, pfns: Pfns
+) -> Bools:
+    """Which pages are of a kind that the migration collects; ``normal`` ones are present."""
+    selected = np.zeros(words.size, np.bool_)
+    device = is_zone_device(machine, pfns)
+    if migrate.flags & SELECT_SYSTEM:
+        selected |= normal & ~device
+    if migrate.flags & (SELECT_DEVICE_PRIVATE | SELECT_DEVICE_COHERENT) and device.any():
+        owned = of_pagemap(machine, "owner", pfns) == migrate.pgmap_owner
+        if migrate.flags & SELECT_DEVICE_COHERENT:
+            selected |= normal & device & owned
+        if migrate.flags & SELECT_DEVICE_PRIVATE:
+            selected |= is_device_private(words) & owned
+    return selected
+
+
+def _first_of_each(pfns: Pfns, among: Bools) -> Bools:
+    """Which of ``among`` are the first with their frame: the others find it locked."""
+    first = among.copy()
+    if among.all() and are_unique(pfns):
+        return first
+    members = np.flatnonzero(among)
+    frames = pfns[members]
+    if not are_unique(frames):
+        unique, at = np.unique(frames, return_index=True)
+        if unique.size != members.size:
+            first[:] = False
+            first[members[at]] = True
+    return first

@@ -1,0 +1,126 @@
+"""Emptying a range of a mapping: its words go, and what they named is let go.
+
+Frames that the CPU could reach wait in an ``MmuGather`` until the TLB is flushed.
+
+Source: mm/memory.c.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hmmlab.model.entry import (
+    DIRTY,
+    SPECIAL,
+    is_device_exclusive,
+    is_device_private,
+    is_present,
+    is_swapped,
+    pfn_of,
+    swap_offset,
+    swap_offset_pfn,
+)
+from hmmlab.model.geometry import PMD_PAGES
+from hmmlab.model.huge_memory import split_huge_pmds_across
+from hmmlab.model.hugetlb import unmap_hugepage_range
+from hmmlab.model.machine import Machine, Routine, kernel
+from hmmlab.model.mm_types import VM_HUGETLB, Vma, mm_root
+from hmmlab.model.page import (
+    PG_ANON,
+    PG_DIRTY,
+    as_rows,
+    page_mapping,
+    page_rows,
+    put_page,
+    set_flags,
+)
+from hmmlab.model.page_table import drop_table, walk
+from hmmlab.model.rmap import page_remove_rmap
+from hmmlab.model.state import unique_rows
+from hmmlab.model.swap import free_swap_and_cache
+from hmmlab.model.tlb import MmuGather
+
+__all__ = ["unmap_page_range", "unmap_single_vma"]
+
+
+def unmap_single_vma(
+    machine: Machine, tlb: MmuGather, vma: Vma, start: int, stop: int, *, even_cows: bool = True
+) -> Routine[None]:
+    """Empty a part of one mapping, of huge pages or of others."""
+    if vma.flags & VM_HUGETLB:
+        yield from unmap_hugepage_range(machine, tlb, vma, start, stop)
+    else:
+        yield from unmap_page_range(machine, tlb, vma, start, stop, even_cows=even_cows)
+
+
+@kernel("mm/memory.c")
+def unmap_page_range(
+    machine: Machine, tlb: MmuGather, vma: Vma, start: int, stop: int, *, even_cows: bool = True
+) -> Routine[None]:
+    """Empty the words of pages ``start`` to ``stop - 1``; what they mapped waits in ``tlb``.
+
+    Without ``even_cows``, pages of a file go and private copies of them stay.
+    """
+    root = mm_root(machine, vma.mm)
+    yield from split_huge_pmds_across(machine, vma, (start, stop))
+    for run in list(walk(machine, root, start, stop)):
+        if run.row < 0:
+            continue
+        words = machine["pte"][run.row : run.row + run.stop - run.start]
+        used = np.flatnonzero(words)
+        if not even_cows:
+            frames = page_rows(machine, np.where(is_present(words), pfn_of(words), 0))
+            anon = (machine["page.flags"][frames] & PG_ANON) != 0
+            used = np.flatnonzero((words != 0) & is_present(words) & ~anon)
+        parts = [(0, used.size)] if run.huge and used.size else machine.chunks(0, used.size)
+        for first, last in parts:
+            part = used[first:last]
+            yield from _zap(machine, tlb, vma, run.row, run.start, part, huge=run.huge)
+        if run.huge:
+            for first in np.arange(run.start, run.stop, PMD_PAGES).tolist():  # over page tables
+                drop_table(machine, root, first)
+
+
+def _zap(
+    machine: Machine,
+    tlb: MmuGather,
+    vma: Vma,
+    row: int,
+    start: int,
+    used: NDArray[np.int64],
+    *,
+    huge: bool,
+) -> Routine[None]:
+    """Empty the words of pages ``start + used``, whose rows are ``row + used``.
+
+    Of ``huge`` words these are whole PMD words, which have one mapping each.
+    """
+    rows = as_rows(row + used)
+    words = machine["pte"][rows].copy()
+    present = is_present(words)
+    normal = present & ((words & SPECIAL) == 0)
+    private = exclusive = absent = ~present
+    named = pfn_of(words)
+    if absent.any():
+        private = absent & is_device_private(words)
+        exclusive = absent & is_device_exclusive(words)
+        named = np.where(present, named, swap_offset_pfn(words))
+    machine.write("pte", rows, 0)
+    held = normal | private
+    dirty = named[normal & ((words & DIRTY) != 0)]
+    dirty = dirty[page_mapping(machine, dirty)]
+    if dirty.size:
+        set_flags(machine, unique_rows(dirty), PG_DIRTY)
+    page_remove_rmap(machine, named if held.all() else named[held], huge=huge)
+    if present.any():
+        tlb.remove_pages(named if normal.all() else named[normal], huge=huge)
+    if private.any():
+        put_page(machine, named[private])
+    if exclusive.any():  # mapped nowhere, but held
+        put_page(machine, swap_offset_pfn(words[exclusive]))
+    swapped = is_swapped(words) if absent.any() else absent
+    if swapped.any():
+        free_swap_and_cache(machine, swap_offset(words[swapped]))
+    first, last = start + int(used[0]), start + int(used[-1]) + 1
+    yield machine.step("{range}: no longer mapped.", vma.mm, first, last)
