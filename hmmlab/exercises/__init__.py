@@ -23,13 +23,18 @@ from hmmlab.exercises.rules import Exercise, Verdict
 from hmmlab.exercises.share import BytesThatMove, Permission, Repoint, WhatTheDeviceKnows
 from hmmlab.exercises.snapshots import FewestFaults, SnapshotBytes
 from hmmlab.exercises.tape import Intervals, RaiseEvents, ReadTheTape
+from hmmlab.exercises.tour import FramesAndCalls, WhereTheyAre
 from hmmlab.exercises.turns import LostUpdate
 
 __all__ = ["EXERCISES", "Desk", "Exercise", "Verdict", "exercise"]
 
 #: Every exercise by its name, and by the number of its notebook.
 EXERCISES: dict[str, dict[str, type[Exercise]]] = {
-    "00": {"four_pages": FourPages},
+    "00": {
+        "frames_and_calls": FramesAndCalls,
+        "four_pages": FourPages,
+        "where_they_are": WhereTheyAre,
+    },
     "01": {
         "who_is_told": WhoIsTold,
         "order_of_calls": OrderOfCalls,
