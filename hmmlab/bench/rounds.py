@@ -47,10 +47,9 @@ def medians(story: Story) -> dict[str, Median]:
         while True:
             name, act = story.send(answer)
             taken = seconds.setdefault(name, [])
-            if taken and name == next(iter(seconds)):  # a round is over
-                if len(taken) > ROUNDS or perf_counter() - began > PATIENCE:
-                    break
-                gc.collect()
+            round_is_over = taken and name == next(iter(seconds))
+            if round_is_over and (len(taken) > ROUNDS or perf_counter() - began > PATIENCE):
+                break
             start = process_time()
             answer = act()
             taken.append(process_time() - start)

@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from hmmlab.model.alike import some
 from hmmlab.model.entry import (
     ACCESSED,
     DIRTY,
@@ -43,7 +44,7 @@ from hmmlab.model.mm_types import (
 )
 from hmmlab.model.page import PG_DIRTY, as_rows, get_page, pfn_to_page, set_flags
 from hmmlab.model.page_table import huge_blocks, read_range, rows_of_range, walk
-from hmmlab.model.state import some, unique_rows
+from hmmlab.model.state import unique_rows
 
 __all__ = [
     "SIGBUS",

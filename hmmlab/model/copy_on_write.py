@@ -8,6 +8,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from hmmlab.model.alike import some
 from hmmlab.model.anon_vma import anon_vma_prepare
 from hmmlab.model.entry import (
     ACCESSED,
@@ -45,7 +46,7 @@ from hmmlab.model.page import (
     some_rows,
 )
 from hmmlab.model.rmap import page_add_new_anon_rmap, page_remove_rmap
-from hmmlab.model.state import Rows, some, unique_rows
+from hmmlab.model.state import Rows, unique_rows
 from hmmlab.model.swap import free_swap_cache, give_up_swap
 from hmmlab.model.tlb import ptep_clear_flush_notify
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from hmmlab.model.alike import rows_where, some
 from hmmlab.model.driver import backing
 from hmmlab.model.entry import MIGRATE_PFN_WRITE, Pfns, migrate_pfn, migrate_pfn_to_pfn
 from hmmlab.model.geometry import SECTION_PAGES
@@ -35,7 +36,6 @@ from hmmlab.model.page import (
     put_page,
     set_flags,
 )
-from hmmlab.model.state import rows_where, some
 
 if TYPE_CHECKING:
     from hmmlab.model.test_hmm import Dmirror
@@ -228,7 +228,7 @@ def fill_dst(machine: Machine, migrate: MigrateVma, wanted: NDArray[np.bool_]) -
     source = backing(machine, migrate_pfn_to_pfn(src))
     copy_content(machine, source, frames, copied=np.ones(src.size, np.bool_))
     entries = migrate_pfn(frames) | (src & np.uint64(MIGRATE_PFN_WRITE))
-    migrate.dst[rows_where(wanted)] = entries
+    migrate.dst[rows_where(wanted, migrate.dst.size)] = entries
 
 
 @Machine.at_boot

@@ -21,6 +21,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from hmmlab.model.alike import alike
 from hmmlab.model.geometry import MAX_PHYSMEM_BITS, PAGE_SHIFT
 
 __all__ = [
@@ -73,6 +74,8 @@ __all__ = [
     "is_present",
     "is_swap_type",
     "is_swapped",
+    "marks_of",
+    "migrate_flags",
     "migrate_pfn",
     "migrate_pfn_to_pfn",
     "migration_marks",
@@ -141,6 +144,9 @@ _MARKS_SHIFT = SWP_MIG_YOUNG.bit_length() - ACCESSED.bit_length()
 #: From the bit SOFT_DIRTY of a word to SWP_SOFT_DIRTY.
 _SOFT_DIRTY_SHIFT = SOFT_DIRTY.bit_length() - SWP_SOFT_DIRTY.bit_length()
 
+#: Every bit of a word.
+_WORD = (1 << 64) - 1
+
 # --- hmm_pfns (the request and the answer share the bits) -----------------------------------------
 HMM_PFN_VALID = HMM_PFN_REQ_FAULT = 1 << 63
 HMM_PFN_WRITE = HMM_PFN_REQ_WRITE = 1 << 62
@@ -197,8 +203,12 @@ def with_protection(words: Words, prot: int) -> Words:
 def swap_word(types: NDArray[np.integer] | int, offsets: Pfns) -> Words:
     """Swap-type word of ``types`` and ``offsets`` (``swp_entry_to_pte``)."""
     words = (np.asarray(offsets, np.int64) << _OFFSET_SHIFT).view(np.uint64)
-    words ^= np.uint64(_OFFSET_MASK << _OFFSET_SHIFT)
-    return words | (np.asarray(types).astype(np.uint64) << np.uint64(_TYPE_SHIFT))
+    rest = np.asarray(types).astype(np.uint64) << np.uint64(_TYPE_SHIFT)
+    rest |= np.uint64(_OFFSET_MASK << _OFFSET_SHIFT)
+    if words.size < rest.size:
+        return words ^ rest
+    words ^= rest
+    return words
 
 
 def swap_type(words: Words) -> NDArray[np.int64]:
@@ -220,29 +230,47 @@ def named_pfn(words: Words) -> Pfns:
     """Frame that each word names, be it present or a migration or device entry; 0 for none."""
     if np.bitwise_and.reduce(words) & np.uint64(PRESENT):
         return pfn_of(words)
-    kinds = swap_type(words)
-    if words.size and kinds.min() >= SWP_MIGRATION_READ:  # there is no present word among them
+    if _all_name_swp_pfn(words):
         return swap_offset_pfn(words)
     named = np.where(has_pfn(words), swap_offset_pfn(words), 0)
     return np.where(is_present(words), pfn_of(words), named)
 
 
+def marks_of(words: Words) -> Words:
+    """The words without the frames that they name, one for all where they are alike so.
+
+    All that can be asked of a word besides its frame can be asked of its marks.
+    """
+    if np.bitwise_and.reduce(words) & np.uint64(PRESENT):
+        return alike(words & np.uint64(~PFN_MASK & _WORD))
+    if _all_name_swp_pfn(words):
+        return alike(words & np.uint64(~(_SWP_PFN_MASK << _OFFSET_SHIFT) & _WORD))
+    return alike(words)
+
+
+def _all_name_swp_pfn(words: Words) -> bool:
+    """Whether all are migration or device entries: no present word has bits so high."""
+    return bool(words.size) and int(words.min()) >= SWP_MIGRATION_READ << _TYPE_SHIFT
+
+
 def migration_word(words: Words, pfns: Pfns, writable: Bools, exclusive: Bools) -> Words:
     """Migration entries of ``pfns`` in place of ``words``, which keep the marks of those.
 
-    ``words`` are present or device entries; ``writable`` says more than ``exclusive``.
+    ``words`` are present or device entries, or their marks; ``writable`` says more than
+    ``exclusive``.
     """
     # The three types follow one another, from the least rights to the most.
     kind = np.maximum(exclusive.view(np.uint8), writable.view(np.uint8) << 1) + SWP_MIGRATION_READ
-    marks = words & np.uint64(ACCESSED | DIRTY)  # which no device entry has
-    marks <<= np.uint64(_MARKS_SHIFT)
-    entries = swap_word(kind, pfns | marks.view(np.int64))
+    kept = words & np.uint64(ACCESSED | DIRTY)  # which no device entry has
+    kept <<= np.uint64(_MARKS_SHIFT + _OFFSET_SHIFT)
     present = is_present(words)
     soft_dirty = words & np.uint64(SWP_SOFT_DIRTY)
     if present.any():
         carried = (words & np.uint64(SOFT_DIRTY)) >> np.uint64(_SOFT_DIRTY_SHIFT)
         soft_dirty = carried if present.all() else np.where(present, carried, soft_dirty)
-    entries |= soft_dirty
+    kept |= soft_dirty
+    entries = swap_word(kind, pfns)
+    entries ^= kept  # an offset is written inverted
     return entries
 
 
@@ -309,14 +337,21 @@ def hmm_pfn_to_pfn(hmm_pfns: Words) -> Pfns:
     return (hmm_pfns & np.uint64((1 << HMM_PFN_ORDER_SHIFT) - 1)).view(np.int64)
 
 
-def migrate_pfn(pfns: Pfns) -> Words:
-    """A src or dst entry that names ``pfns`` (``migrate_pfn``: VALID is set)."""
-    return (pfns << _MIGRATE_PFN_SHIFT).view(np.uint64) | np.uint64(MIGRATE_PFN_VALID)
+def migrate_pfn(pfns: Pfns, flags: Words | int = 0) -> Words:
+    """A src or dst entry that names ``pfns`` (``migrate_pfn``: VALID is set), with ``flags``."""
+    entries = (pfns << _MIGRATE_PFN_SHIFT).view(np.uint64)
+    entries |= np.asarray(flags | np.uint64(MIGRATE_PFN_VALID))
+    return entries
 
 
 def migrate_pfn_to_pfn(entries: Words) -> Pfns:
     """Frame number of a src or dst entry that has VALID."""
     return (entries >> np.uint64(_MIGRATE_PFN_SHIFT)).view(np.int64)
+
+
+def migrate_flags(entries: Words) -> NDArray[np.uint8]:
+    """MIGRATE_PFN_* bits of src or dst entries, one for all where they are alike."""
+    return alike(entries.astype(np.uint8) & np.uint8((1 << _MIGRATE_PFN_SHIFT) - 1))
 
 
 def device_word(pfns: Pfns, flags: NDArray[np.uint64] | int) -> Words:

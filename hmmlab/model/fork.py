@@ -8,6 +8,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from hmmlab.model.alike import some
 from hmmlab.model.anon_vma import anon_vma_fork
 from hmmlab.model.entry import (
     ACCESSED,
@@ -76,7 +77,7 @@ from hmmlab.model.page import (
 )
 from hmmlab.model.page_table import alloc_tables, rows_of, set_huge, walk
 from hmmlab.model.rmap import page_add_new_anon_rmap, page_dup_rmap
-from hmmlab.model.state import Rows, some
+from hmmlab.model.state import Rows
 from hmmlab.model.swap import swap_duplicate
 from hmmlab.model.tlb import flush_tlb
 from hmmlab.model.vma import insert_after, vm_area_dup

@@ -16,6 +16,7 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
+from hmmlab.model.alike import some
 from hmmlab.model.anon_vma import anon_vma_prepare
 from hmmlab.model.copy_on_write import born_dirty, do_wp_page
 from hmmlab.model.entry import (
@@ -60,7 +61,7 @@ from hmmlab.model.page import (
 )
 from hmmlab.model.page_table import alloc_tables, huge_blocks, read_range, rows_of, rows_of_range
 from hmmlab.model.rmap import page_add_file_rmap, page_add_new_anon_rmap
-from hmmlab.model.state import Rows, row_numbers, some, unique_rows
+from hmmlab.model.state import Rows, row_numbers, unique_rows
 from hmmlab.model.swap_fault import do_swap_page
 
 __all__ = ["Faults", "audiences", "fault_around_window", "handle_mm_fault"]

@@ -13,10 +13,12 @@ from __future__ import annotations
 
 import numpy as np
 
+from hmmlab.model.alike import alike, how_many, rows_where, some
 from hmmlab.model.anon_vma import anon_vma_prepare
 from hmmlab.model.entry import (
     DIRTY,
     MIGRATE_PFN_MIGRATE,
+    MIGRATE_PFN_VALID,
     RW,
     SOFT_DIRTY,
     SPECIAL,
@@ -64,10 +66,11 @@ from hmmlab.model.page import (
     pfn_to_page,
     put_page,
     set_flags,
+    some_rows,
 )
 from hmmlab.model.page_table import alloc_tables, rows_of
 from hmmlab.model.rmap import ksm_migrate_page, page_add_new_anon_rmap
-from hmmlab.model.state import row_numbers, some
+from hmmlab.model.state import row_numbers
 
 __all__ = [
     "migrate_device_coherent_pages",
@@ -118,38 +121,39 @@ def migrate_vma_setup(machine: Machine, migrate: MigrateVma) -> Routine[None]:
 def migrate_device_unmap(machine: Machine, migrate: MigrateVma) -> Routine[None]:
     """Unmap the pages everywhere else, and give up those that somebody holds."""
     lru_add_drain(machine)
-    valid = migrate.valid
+    valid = migrate.having(MIGRATE_PFN_VALID)
     if not valid.any():
         return
     pfns = some(migrate.src_pfns, valid)
     rows = pfn_to_page(machine, pfns)
-    mapped = machine["page.mapcount"][rows] > 0
+    mapped = alike(machine["page.mapcount"][rows]) > 0
     if mapped.any():
         migrate.elsewhere = True
-        elsewhere, keys = pfns[mapped], migrate.vpns[valid][mapped]
+        elsewhere, keys = some(pfns, mapped), some(some(migrate.vpns, valid), mapped)
         with machine.bulk(elsewhere.size if machine.grain > 1 else 1):
             for first, last in machine.chunks(0, elsewhere.size):
                 yield from try_to_migrate(machine, elsewhere[first:last], keys[first:last])
     # One reference is ours; the test is by one more generous for device memory and by one for the
     # frame of the fault.
-    extra = np.ones(pfns.size, np.int32)
+    extra = np.ones(1, np.int32)
     for more in (
-        is_zone_device(machine, pfns),
+        is_zone_device(machine, pfns, rows),
         migrate.faulted(pfns),
         page_mapping(machine, pfns, rows),
     ):
-        extra += more
-    mapcount, refcount = machine["page.mapcount"][rows], machine["page.refcount"][rows]
+        extra = extra + more
+    mapcount = alike(machine["page.mapcount"][rows])
+    refcount = alike(machine["page.refcount"][rows])
     refused = (mapcount > 0) | (refcount - extra > mapcount)
     if refused.any():
-        back = pfns[refused]
-        migrate.src[np.flatnonzero(valid)[refused]] = 0
+        back = some(pfns, refused)
+        migrate.src[some(row_numbers(rows_where(valid, migrate.vpns.size)), refused)] = 0
         remove_migration_ptes(machine, back, back)
         set_flags(machine, back, off=PG_LOCKED)
         put_page(machine, back)
         migrate.count()
     vma, vpns = migrate.vma, migrate.vpns
-    held = np.count_nonzero(refused)
+    held = how_many(refused, pfns.size)
     yield machine.step(
         f"Of {{range}}, {migrate.cpages} can move; held by somebody: {held}.",
         vma.mm if vma else 0,
@@ -178,35 +182,33 @@ def migrate_device_pages(machine: Machine, migrate: MigrateVma) -> Routine[None]
 
 
 def _migrate_pages(machine: Machine, migrate: MigrateVma) -> Routine[None]:
-    given = migrate.dst != 0
-    migrate.keep(given)
-    migrating, valid = migrate.migrating, migrate.valid
-    holes = migrating & ~valid
+    pages = migrate.vpns.size
+    migrate.keep(migrate.dst != 0)
+    migrating, valid = migrate.having(MIGRATE_PFN_MIGRATE), migrate.having(MIGRATE_PFN_VALID)
+    holes, movers = migrating & ~valid, migrating & valid
     if holes.any() and migrate.vma is not None:
-        yield from _fill_holes(machine, migrate, migrate.vma, np.flatnonzero(holes))
-    movers = migrating & valid
+        where = row_numbers(rows_where(holes, pages))
+        yield from _fill_holes(machine, migrate, migrate.vma, where)
     if movers.any():
         src, dst = some(migrate.src_pfns, movers), some(migrate.dst_pfns, movers)
-        old = pfn_to_page(machine, src)
+        old, new = pfn_to_page(machine, src), pfn_to_page(machine, dst)
         cached = page_mapping(machine, src, old)
         # Exactly the references that we know of: one more than ours and it must stay.
-        expected = np.ones(src.size, np.int32)
-        expected += migrate.faulted(src)
-        expected += cached
-        moves = machine["page.refcount"][old] == expected
+        expected = np.ones(1, np.int32) + migrate.faulted(src) + cached
+        moves = alike(machine["page.refcount"][old]) == expected
         # Only private memory can live on a device.
-        moves &= ~(cached & is_zone_device(machine, dst))
+        moves = moves & ~(cached & is_zone_device(machine, dst, new))
         if not moves.all():
-            stay = np.flatnonzero(movers)[~moves]
+            stay = some(row_numbers(rows_where(movers, pages)), ~moves)
             migrate.src[stay] &= ~np.uint64(MIGRATE_PFN_MIGRATE)
-            src, dst = src[moves], dst[moves]
-            old = pfn_to_page(machine, src)
-        new = pfn_to_page(machine, dst)
+            src, dst = some(src, moves), some(dst, moves)
+            old, new = pfn_to_page(machine, src), pfn_to_page(machine, dst)
         ksm_migrate_page(machine, src, dst, old)
         for column in ("mapping", "index"):
             machine.write(f"page.{column}", new, machine[f"page.{column}"][old])
-        carried = machine["page.flags"][old] & np.uint32(~(PG_LRU | PG_ANON_EXCLUSIVE) & 0xFFFFFFFF)
-        machine.write("page.flags", new, carried | machine["page.flags"][new])
+        carried = alike(machine["page.flags"][old])
+        carried = carried & np.uint32(~(PG_LRU | PG_ANON_EXCLUSIVE) & 0xFFFFFFFF)
+        machine.write("page.flags", new, carried | alike(machine["page.flags"][new]))
     migrate.count()
     vma, vpns = migrate.vma, migrate.vpns
     yield machine.step(
@@ -280,16 +282,20 @@ def migrate_device_finalize(machine: Machine, migrate: MigrateVma) -> Routine[No
 
 
 def _finalize(machine: Machine, migrate: MigrateVma) -> Routine[None]:
-    src, dst, valid = migrate.src_pfns, migrate.dst_pfns, migrate.valid
-    moved = valid & migrate.migrating & (dst != 0)
-    busy = valid | (dst != 0)
-    pages = [some(array, busy) for array in (migrate.vpns, src, dst, valid, moved)]
+    valid, given = migrate.having(MIGRATE_PFN_VALID), alike(migrate.dst != 0)
+    moved = valid & migrate.having(MIGRATE_PFN_MIGRATE) & given
+    busy = valid | given
+    frames = (migrate.vpns, migrate.src_pfns, migrate.dst_pfns)
+    pages = [some(array, busy) for array in frames]
+    marks = [some(mask, busy) for mask in (valid, moved)]
     for first, last in machine.chunks(0, pages[0].size):
-        _finalize_pages(machine, migrate, *(array[first:last] for array in pages))
+        part = slice(first, last)
+        masks = (mask if mask.size == 1 else mask[part] for mask in marks)
+        _finalize_pages(machine, migrate, *(array[part] for array in pages), *masks)
     vma, vpns = migrate.vma, migrate.vpns
     yield machine.step(
-        f"The migration entries of {{range}} are gone: {np.count_nonzero(moved)} moved, "
-        f"{np.count_nonzero(valid & ~moved)} did not.",
+        f"The migration entries of {{range}} are gone: {how_many(moved, vpns.size)} moved, "
+        f"{how_many(valid & ~moved, vpns.size)} did not.",
         vma.mm if vma else 0,
         int(vpns[0]) if vma else 0,
         int(vpns[-1]) + 1 if vma else 0,
@@ -306,15 +312,16 @@ def _finalize_pages(
     valid: Bools,
     moved: Bools,
 ) -> None:
-    unused = (dst != 0) & ~moved
+    unused = ~moved & (dst != 0) if not moved.all() else ~moved
     if unused.any():  # filled holes keep their page through its own reference
-        set_flags(machine, dst[unused], off=PG_LOCKED)
-        put_page(machine, dst[unused])
+        set_flags(machine, some(dst, unused), off=PG_LOCKED)
+        put_page(machine, some(dst, unused))
     if valid.any():
         old, new = some(src, valid), some(dst if moved.all() else np.where(moved, dst, src), valid)
-        system = ~is_zone_device(machine, new)
+        rows = pfn_to_page(machine, new)
+        system = ~is_zone_device(machine, new, rows)
         if system.any():
-            set_flags(machine, some(new, system), PG_LRU)
+            set_flags(machine, some(new, system), PG_LRU, rows=some_rows(rows, system))
         remove_migration_ptes(machine, old, new, migrate.places(machine, some(vpns, valid)))
         rows = pfn_to_page(machine, old)
         set_flags(machine, old, off=PG_LOCKED, rows=rows)

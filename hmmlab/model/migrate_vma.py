@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from hmmlab.model.alike import alike, how_many, rows_where, some
 from hmmlab.model.entry import (
     MIGRATE_PFN_MIGRATE,
     MIGRATE_PFN_VALID,
@@ -22,6 +23,8 @@ from hmmlab.model.entry import (
     Words,
     is_device_private,
     is_present,
+    marks_of,
+    migrate_flags,
     migrate_pfn,
     migrate_pfn_to_pfn,
     named_pfn,
@@ -50,7 +53,7 @@ from hmmlab.model.page import (
     pfn_to_page,
 )
 from hmmlab.model.page_table import read_range, rows_of, walk
-from hmmlab.model.state import are_unique, rows_where, some
+from hmmlab.model.state import Rows, are_unique
 from hmmlab.model.tlb import flush_tlb
 
 __all__ = [
@@ -145,6 +148,10 @@ class MigrateVma:
         """Frame of each entry of ``dst``; 0 where the driver gave none."""
         return migrate_pfn_to_pfn(self.dst)
 
+    def having(self, bit: int) -> Bools:
+        """Which entries of ``src`` have a MIGRATE_PFN_* bit, one for all where they are alike."""
+        return (migrate_flags(self.src) & np.uint8(bit)) != 0
+
     def places(self, machine: Machine, vpns: Pfns) -> Places | None:
         """Where the migration entries of some pages are, unless the reverse mapping must tell."""
         if self.vma is None or self.elsewhere:
@@ -176,7 +183,7 @@ class MigrateVma:
 
     def count(self) -> None:
         """Count the entries that have MIGRATE."""
-        self.cpages = int(np.count_nonzero(self.migrating))
+        self.cpages = how_many(self.having(MIGRATE_PFN_MIGRATE), self.vpns.size)
 
 
 # --- several at once ------------------------------------------------------------------------------
@@ -202,28 +209,27 @@ def commuting_migrations(
     root = mm_root(machine, vma.mm)
     end = min([end, *(run.start for run in walk(machine, root, start, end) if run.huge)])
     words = read_range(machine, root, start, end)
-    present = is_present(words)
-    zero = present & ((words & np.uint64(SPECIAL)) != 0)
-    private = absent = ~present
-    if absent.any():
-        private = is_device_private(words)
-    pfns = named_pfn(words)
-    chosen = np.zeros(words.size, np.bool_)
+    marks, pfns = marks_of(words), named_pfn(words)
+    present = is_present(marks)
+    zero = present & ((marks & np.uint64(SPECIAL)) != 0)
+    private = ~present & is_device_private(marks)
+    chosen = np.array([False])
     if flags & SELECT_DEVICE_PRIVATE:
-        chosen |= private
+        chosen = private
     if flags & (SELECT_SYSTEM | SELECT_DEVICE_COHERENT):
-        chosen |= present & ~zero
+        chosen = chosen | (present & ~zero)
     rows = pfn_to_page(machine, pfns)
-    alone = machine["page.refcount"][rows] == 1
-    alone &= machine["page.mapcount"][rows] == 1
-    alone &= (machine["page.flags"][rows] & np.uint32(~_USUAL & 0xFFFFFFFF)) == 0
-    alone &= machine["page.compound"][rows] == 0
-    alone &= machine["page.swap"][rows] == 0
+    alone = alike(machine["page.refcount"][rows]) == 1
+    alone = alone & (alike(machine["page.mapcount"][rows]) == 1)
+    unusual = alike(machine["page.flags"][rows]) & np.uint32(~_USUAL & 0xFFFFFFFF)
+    alone = alone & (unusual == 0)
+    for column in ("compound", "swap"):
+        alone = alone & (alike(machine[f"page.{column}"][rows]) == 0)
     odd = chosen & ~alone
     if zero.any():
-        odd |= zero & (pfns != ZERO_PFN)
-    if absent.any():
-        odd |= absent & ~private & (words != 0)
+        odd = odd | (zero & (pfns != ZERO_PFN))
+    if not present.all():
+        odd = odd | (~present & ~private & (marks != 0))
     if odd.any():
         end = start + int(np.argmax(odd))
     if end - start > free_ram(machine):
@@ -288,57 +294,48 @@ def migrate_vma_collect_pmd(
     vpns = migrate.vpns[part]
     src = migrate.src[part]
     word_rows = as_rows(vpns + offset)
-    words = machine["pte"][word_rows].copy()
-    present = is_present(words)
-    zero = present & ((words & np.uint64(SPECIAL)) != 0)
-    absent = hole = ~present
-    if absent.any():
-        hole = (words == 0) & vma.is_anonymous
+    words = machine["pte"][word_rows]
+    marks, pfns = marks_of(words), named_pfn(words)
+    present = is_present(marks)
+    zero = present & ((marks & np.uint64(SPECIAL)) != 0)
+    hole = (marks == 0) & vma.is_anonymous
     if migrate.flags & SELECT_SYSTEM:
-        hole |= zero
-    pfns = named_pfn(words)
-    selected = _selected(machine, migrate, words, present & ~zero, pfns)
+        hole = hole | zero
     rows = pfn_to_page(machine, pfns)
-    page_flags = machine["page.flags"][rows]
-    selected &= (page_flags & np.uint32(PG_LOCKED)) == 0
-    selected &= machine["page.compound"][rows] == 0
-    exclusive = selected & ((page_flags & np.uint32(PG_ANON_EXCLUSIVE)) != 0)
+    selected = _selected(machine, migrate, marks, present & ~zero, pfns, rows)
+    flags = alike(machine["page.flags"][rows])
+    selected = selected & ((flags & np.uint32(PG_LOCKED)) == 0)
+    selected = selected & (alike(machine["page.compound"][rows]) == 0)
+    exclusive = selected & ((flags & np.uint32(PG_ANON_EXCLUSIVE)) != 0)
     # A page that may be pinned stays exclusive, and so stays where it is.
-    pinned = exclusive & (machine["page.refcount"][rows] >= GUP_PIN_COUNTING_BIAS)
-    selected &= ~pinned
-    exclusive &= ~pinned
+    pinned = exclusive & (alike(machine["page.refcount"][rows]) >= GUP_PIN_COUNTING_BIAS)
+    selected = selected & ~pinned
+    exclusive = exclusive & ~pinned
     if not isinstance(rows, slice):
-        selected &= _first_of_each(pfns, selected)
-    writable = (words & np.uint64(RW)) != 0
-    if absent.any():
-        writable = (present & writable) | (swap_type(words) == SWP_DEVICE_WRITE)
+        selected = _first_of_each(pfns, np.broadcast_to(selected, pfns.shape))
+    writable = present & ((marks & np.uint64(RW)) != 0)
+    if not present.all():
+        writable = writable | (swap_type(marks) == SWP_DEVICE_WRITE)
     if hole.any():
-        src[hole] = MIGRATE_PFN_MIGRATE
+        src[rows_where(hole, vpns.size)] = MIGRATE_PFN_MIGRATE
     if machine.observed:
+        flushed, removed = present & (exclusive | pinned), selected
         machine.called_in_turn(
-            ("flush_tlb_mm_range", present & (exclusive | pinned)),
-            ("page_remove_rmap", selected),
+            ("flush_tlb_mm_range", np.broadcast_to(flushed, vpns.shape)),
+            ("page_remove_rmap", np.broadcast_to(removed, vpns.shape)),
         )
-    if selected.any():
+    frozen, empty = how_many(selected, vpns.size), how_many(hole, vpns.size)
+    if frozen:
+        at = rows_where(selected, vpns.size)
         pfns, writable = some(pfns, selected), some(writable, selected)
-        at = rows_where(selected)
-        entries = migrate_pfn(pfns)
-        entries |= np.uint64(MIGRATE_PFN_MIGRATE)
-        entries |= writable.astype(np.uint64) << np.uint64(_WRITE_BIT)
-        src[at] = entries
-        if pfns.size < vpns.size:
-            word_rows = as_rows(vpns[selected] + offset)
-        freeze(
-            machine,
-            word_rows,
-            some(words, selected),
-            pfns,
-            writable,
-            some(exclusive, selected),
-        )
+        migrated = writable.astype(np.uint64) << np.uint64(_WRITE_BIT)
+        src[at] = migrate_pfn(pfns, migrated | np.uint64(MIGRATE_PFN_MIGRATE))
+        if frozen < vpns.size:
+            word_rows, rows = as_rows(vpns[at] + offset), pfn_to_page(machine, pfns)
+        marks, exclusive = some(marks, selected), some(exclusive, selected)
+        freeze(machine, word_rows, marks, pfns, rows, writable, exclusive)
         flush_tlb(machine, int((selected & present).any()))
-    frozen, empty = np.count_nonzero(selected), np.count_nonzero(hole)
-    migrate.cpages += int(frozen + empty)
+    migrate.cpages += frozen + empty
     yield machine.step(
         f"{frozen} pages of {{range}} are frozen behind migration entries, "
         f"{empty} are empty and may be filled.",
@@ -350,19 +347,19 @@ def migrate_vma_collect_pmd(
 
 
 def _selected(
-    machine: Machine, migrate: MigrateVma, words: Words, normal: Bools, pfns: Pfns
+    machine: Machine, migrate: MigrateVma, marks: Words, normal: Bools, pfns: Pfns, rows: Rows
 ) -> Bools:
     """Which pages are of a kind that the migration collects; ``normal`` ones are present."""
-    selected = np.zeros(words.size, np.bool_)
-    device = is_zone_device(machine, pfns)
+    selected = np.array([False])
+    device = is_zone_device(machine, pfns, rows)
     if migrate.flags & SELECT_SYSTEM:
-        selected |= normal & ~device
+        selected = normal & ~device
     if migrate.flags & (SELECT_DEVICE_PRIVATE | SELECT_DEVICE_COHERENT) and device.any():
-        owned = of_pagemap(machine, "owner", pfns) == migrate.pgmap_owner
+        owned = of_pagemap(machine, "owner", pfns, rows) == migrate.pgmap_owner
         if migrate.flags & SELECT_DEVICE_COHERENT:
-            selected |= normal & device & owned
+            selected = selected | (normal & device & owned)
         if migrate.flags & SELECT_DEVICE_PRIVATE:
-            selected |= is_device_private(words) & owned
+            selected = selected | (is_device_private(marks) & owned)
     return selected
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from hmmlab.model.alike import alike, some
 from hmmlab.model.anon_vma import find_vmas_of_anon_vma
 from hmmlab.model.entry import (
     ACCESSED,
@@ -31,6 +32,7 @@ from hmmlab.model.entry import (
     is_migration,
     is_present,
     is_swap_type,
+    marks_of,
     migration_marks,
     migration_word,
     present_word,
@@ -78,21 +80,21 @@ __all__ = ["Places", "freeze", "remove_migration_ptes", "split_huge_page", "try_
 def freeze(
     machine: Machine,
     word_rows: Rows,
-    words: Words,
+    marks: Words,
     pfns: Pfns,
+    rows: Rows,
     writable: Bools,
     exclusive: Bools,
 ) -> None:
     """Replace entries by migration entries; what they held, the migration holds from now on.
 
-    The caller notes the calls of ``page_remove_rmap``, among others.
+    ``marks`` are the entries, with their frames or without; ``rows`` are those of the frames. The
+    caller notes the calls of ``page_remove_rmap``, among others.
     """
-    rows = pfn_to_page(machine, pfns)
-    flags = machine["page.flags"][rows] & np.uint32(~PG_ANON_EXCLUSIVE & 0xFFFFFFFF)
-    flags |= np.uint32(PG_LOCKED)
-    flags |= ((words & np.uint64(DIRTY)) >> _PAGE_DIRTY_SHIFT).astype(np.uint32)
-    machine.write("page.flags", rows, flags)
-    machine.write("pte", word_rows, migration_word(words, pfns, writable, exclusive))
+    flags = alike(machine["page.flags"][rows]) & np.uint32(~PG_ANON_EXCLUSIVE & 0xFFFFFFFF)
+    dirty = ((marks & np.uint64(DIRTY)) >> _PAGE_DIRTY_SHIFT).astype(np.uint32)
+    machine.write("page.flags", rows, flags | dirty | np.uint32(PG_LOCKED))
+    machine.write("pte", word_rows, migration_word(marks, pfns, writable, exclusive))
     page_remove_rmap(machine, pfns, noted=True, rows=rows)
 
 
@@ -139,7 +141,8 @@ def _freeze_mapped(machine: Machine, pfns: Pfns, place: Mappings, *, huge: bool 
         ("flush_tlb_mm_range", pte_accessible(entries)[:calls]),
         ("page_remove_rmap", np.ones(calls, np.bool_)),
     )
-    freeze(machine, mapped.row, entries, frames, writable, exclusive)
+    rows = pfn_to_page(machine, frames)
+    freeze(machine, mapped.row, entries, frames, rows, writable, exclusive)
     put_page(machine, frames)
 
 
@@ -184,35 +187,38 @@ def remove_migration_ptes(
 def _thaw(machine: Machine, places: Places, old: Pfns, new: Pfns) -> None:
     """Let words map ``new`` where they are migration entries of ``old``."""
     word_rows = places.rows
-    entries = machine["pte"][word_rows].copy()
+    entries = machine["pte"][word_rows]
     frozen = swap_offset_pfn(entries) == old
-    frozen &= is_migration(entries)
+    marks = marks_of(entries)
+    frozen &= is_migration(marks)
     if not frozen.any():
         return
     pfns, vpns = new, places.vpns
     if not frozen.all():
-        entries, pfns, vpns = entries[frozen], pfns[frozen], vpns[frozen]
+        marks, pfns, vpns = some(marks, frozen), pfns[frozen], vpns[frozen]
         word_rows = as_rows(row_numbers(word_rows)[frozen])
     rows = pfn_to_page(machine, pfns)
     vma = vma_at(machine, places.vma)
-    kind = swap_type(entries)
+    kind = swap_type(marks)
     exclusive = kind != SWP_MIGRATION_READ
     writable = (kind == SWP_MIGRATION_WRITE) & bool(vma.flags & VM_WRITE)
-    flags = machine["page.flags"][rows]
-    device = is_device_private_page(machine, pfns)
+    flags = alike(machine["page.flags"][rows])
+    device = is_device_private_page(machine, pfns, rows)
     if not device.all():
-        words = _mapping_word(vma, pfns, writable, entries, flags)
+        words = _mapping_word(vma, pfns, writable, marks, flags)
     if device.any():
         kind = SWP_DEVICE_READ - writable.view(np.uint8) * (SWP_DEVICE_READ - SWP_DEVICE_WRITE)
-        named = swap_word(kind, pfns) | (entries & np.uint64(SWP_SOFT_DIRTY))
+        named = swap_word(kind, pfns)
+        named |= marks & np.uint64(SWP_SOFT_DIRTY)
         words = named if device.all() else np.where(device, named, words)
     anon = (flags & np.uint32(PG_ANON)) != 0
     get_page(machine, pfns, rows)
     if anon.all():
         page_add_anon_rmap(machine, pfns, vma, vpns, exclusive, rows)
     else:
-        page_add_anon_rmap(machine, pfns[anon], vma, vpns[anon], exclusive[anon])
-        page_add_file_rmap(machine, pfns[~anon])
+        mapped = np.broadcast_to(anon, pfns.shape)
+        page_add_anon_rmap(machine, pfns[mapped], vma, vpns[mapped], some(exclusive, mapped))
+        page_add_file_rmap(machine, pfns[~mapped])
     machine.write("pte", word_rows, words)
 
 
@@ -221,14 +227,12 @@ def _mapping_word(
 ) -> Words:
     """Present words in place of migration entries; dirty only where the page still is."""
     prot = vm_page_prot(vma.flags)
-    marks = migration_marks(entries)
+    kept = migration_marks(entries)
     dirty = (flags & np.uint32(PG_DIRTY)).astype(np.uint64) << _PAGE_DIRTY_SHIFT
-    dirty &= marks
+    dirty = dirty & kept
+    kept &= np.uint64((prot & ACCESSED) | SOFT_DIRTY)
     words = present_word(pfns, prot & ~(ACCESSED | RW))
-    words |= marks & np.uint64((prot & ACCESSED) | SOFT_DIRTY)
-    words |= dirty
-    words |= dirty << _SOFT_DIRTY_SHIFT
-    words |= writable.astype(np.uint64) << _RW_SHIFT
+    words |= kept | dirty | (dirty << _SOFT_DIRTY_SHIFT) | (writable.astype(np.uint64) << _RW_SHIFT)
     return words
 
 

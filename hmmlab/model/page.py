@@ -17,18 +17,11 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from hmmlab.model.alike import alike, some
 from hmmlab.model.entry import Bools, Pfns
 from hmmlab.model.geometry import MAX_PHYSMEM_BITS, PAGE_SHIFT, PMD_PAGES, SECTION_PAGES
 from hmmlab.model.machine import KernelError, Machine
-from hmmlab.model.state import (
-    Rows,
-    State,
-    are_unique,
-    first_and_last,
-    row_numbers,
-    some,
-    unique_rows,
-)
+from hmmlab.model.state import Rows, State, are_unique, first_and_last, row_numbers, unique_rows
 
 __all__ = [
     "GUP_PIN_COUNTING_BIAS",
@@ -190,14 +183,21 @@ def pfn_to_page(state: State, pfns: Pfns) -> Rows:
     return slice(top - numbers.start, top - numbers.stop, step if step < 0 else None)
 
 
-def is_zone_device(state: State, pfns: Pfns) -> np.ndarray:
-    """Whether frames are device memory, bool of the shape of ``pfns``."""
+# Who has the rows of some frames at hand gives them too, here and below, for to find them takes
+# half as long as to use them. Where they are a slice, one answer may stand for all of them.
+
+
+def is_zone_device(state: State, pfns: Pfns, rows: Rows | None = None) -> Bools:
+    """Whether frames are device memory, bool of the shape of ``pfns``, or one for all."""
+    if isinstance(rows, slice):  # which is all RAM, or all device memory
+        return np.array([rows.start >= state.ram_pages])
     return pfns >= state.ram_pages
 
 
-def is_device_private_page(state: State, pfns: Pfns) -> np.ndarray:
-    """Whether frames are device memory that the CPU cannot reach, bool of their shape."""
-    return of_pagemap(state, "type", pfns) == MEMORY_DEVICE_PRIVATE
+def is_device_private_page(state: State, pfns: Pfns, rows: Rows | None = None) -> Bools:
+    """Whether frames are device memory that the CPU cannot reach; shaped as they are, or one."""
+    found: Bools = of_pagemap(state, "type", pfns, rows) == MEMORY_DEVICE_PRIVATE
+    return found
 
 
 def folio_maybe_dma_pinned(state: State, pfns: Pfns) -> np.ndarray:
@@ -213,19 +213,20 @@ def folio_maybe_dma_pinned(state: State, pfns: Pfns) -> np.ndarray:
     return pinned
 
 
-def page_mapping(state: State, pfns: Pfns, rows: Rows | None = None) -> np.ndarray:
-    """Whether frames are in the cache of a file or in the swap cache (``page_mapping``)."""
-    rows = pfn_to_page(state, pfns) if rows is None else rows
-    found = (state["page.flags"][rows] & np.uint32(PG_ANON)) == 0
-    found &= state["page.mapping"][rows] != 0
-    found |= state["page.swap"][rows] != 0
-    return found
+def page_mapping(state: State, pfns: Pfns, rows: Rows | None = None) -> Bools:
+    """Whether frames are in the cache of a file or in the swap cache (``page_mapping``).
+
+    Shaped as ``pfns`` are; where their ``rows`` are given, maybe one for all.
+    """
+    at = pfn_to_page(state, pfns) if rows is None else rows
+    found: Bools = (alike(state["page.flags"][at]) & np.uint32(PG_ANON)) == 0
+    if found.any():
+        found = found & (state["page.mapping"][at] != 0)
+    found = found | (alike(state["page.swap"][at]) != 0)
+    return np.broadcast_to(found, pfns.shape) if rows is None else found
 
 
 # --- references and flags -------------------------------------------------------------------------
-#
-# Who has the rows of some frames at hand gives them too, for to find them takes half as long as to
-# use them.
 
 
 def get_page(machine: Machine, pfns: Pfns, rows: Rows | None = None) -> None:
@@ -251,7 +252,7 @@ def put_page(machine: Machine, pfns: Pfns, rows: Rows | None = None) -> None:
         if not are_unique(pfns):
             pfns = pfns[np.sort(np.unique(pfns, return_index=True)[1])]
         rows = pfn_to_page(machine, pfns)
-    device = is_zone_device(machine, pfns)
+    device = is_zone_device(machine, pfns, rows)
     if not device.any():
         _free_ram(machine, pfns, rows)
     elif device.all():
@@ -266,7 +267,7 @@ def set_flags(
 ) -> None:
     """Set and clear PG_* bits of ``pfns`` (unique)."""
     rows = pfn_to_page(machine, pfns) if rows is None else rows
-    flags = machine.reserve("page.flags", rows)[rows]
+    flags = alike(machine.reserve("page.flags", rows)[rows])
     if on:
         flags = flags | np.uint32(on)
     if off:
@@ -443,11 +444,12 @@ def pagemap_of(state: State, pfns: Pfns) -> Pfns:
     return np.where(inside, table[np.where(inside, slots, 0)], 0).astype(np.int64)
 
 
-def _only_pagemap(state: State, pfns: Pfns) -> int | None:
+def _only_pagemap(state: State, pfns: Pfns, rows: Rows | None = None) -> int | None:
     """The pagemap of all of some frames, 0 for RAM; None where it is not so simple."""
     if not pfns.size:
         return 0
-    low, high = int(pfns.min()), int(pfns.max())
+    ends = pfns[[0, -1]] if isinstance(rows, slice) else pfns
+    low, high = int(ends.min()), int(ends.max())
     if high < state.ram_pages:
         return 0
     between = state["section.pagemap"][_section(high) : _section(low) + 1]
@@ -456,10 +458,15 @@ def _only_pagemap(state: State, pfns: Pfns) -> int | None:
     return None
 
 
-def of_pagemap(state: State, field: str, pfns: Pfns) -> np.ndarray:
-    """What the pagemap of each frame has as ``field``, such as its ``owner``; 0 in RAM."""
-    column, only = state[f"pagemap.{field}"], _only_pagemap(state, pfns)
-    return column[pagemap_of(state, pfns)] if only is None else np.full(pfns.size, column[only])
+def of_pagemap(state: State, field: str, pfns: Pfns, rows: Rows | None = None) -> np.ndarray:
+    """What the pagemap of each frame has as ``field``, such as its ``owner``; 0 in RAM.
+
+    Shaped as ``pfns`` are; where their ``rows`` are given, maybe one for all.
+    """
+    column, only = state[f"pagemap.{field}"], _only_pagemap(state, pfns, rows)
+    if only is None:
+        return column[pagemap_of(state, pfns)]
+    return np.full(1 if isinstance(rows, slice) else pfns.size, column[only])
 
 
 def _free_zone_device_page(machine: Machine, pfns: Pfns, rows: Rows) -> None:
@@ -467,6 +474,7 @@ def _free_zone_device_page(machine: Machine, pfns: Pfns, rows: Rows) -> None:
     machine.called("free_zone_device_page", pfns.size)
     for column in ("flags", "content", "mapping", "index"):
         machine.write(f"page.{column}", rows, 0)
-    maps = pagemap_of(machine, pfns)
+    only = _only_pagemap(machine, pfns, rows)
+    maps = pagemap_of(machine, pfns) if only is None else np.array([only])
     for pagemap in unique_rows(maps).tolist():
         machine.objects["pagemap"][pagemap].page_free(machine, some(pfns, maps == pagemap))

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from hmmlab.model.alike import alike, some
 from hmmlab.model.anon_vma import find_vmas_of_anon_vma, root_anon_vma
 from hmmlab.model.entry import (
     Pfns,
@@ -40,7 +41,7 @@ from hmmlab.model.page import (
     set_flags,
 )
 from hmmlab.model.page_table import walk, word_row
-from hmmlab.model.state import Rows, State, some, unique_rows
+from hmmlab.model.state import Rows, State, unique_rows
 
 __all__ = [
     "Mappings",
@@ -158,19 +159,22 @@ def page_add_anon_rmap(
 ) -> None:
     """Let frames be mapped once more, by ``vma`` at pages ``vpns``; some by their only owner.
 
+    ``exclusive`` says which, or one for all.
+
     A frame that has no anon_vma yet gets the mapping's, or the oldest of its family when it is not
     the mapping's alone.
     """
     rows = pfn_to_page(machine, pfns) if rows is None else rows
     machine.add("page.mapcount", rows, 1)
-    fresh = (machine["page.flags"][rows] & np.uint32(PG_ANON)) == 0
+    fresh = (alike(machine["page.flags"][rows]) & np.uint32(PG_ANON)) == 0
     if fresh.any():
         root = root_anon_vma(machine, vma.anon_vma)
-        mapping = np.where(exclusive[fresh], vma.anon_vma, root)
-        new = pfn_to_page(machine, pfns[fresh])
+        mapping = np.where(some(exclusive, fresh), vma.anon_vma, root)
+        frames = some(pfns, fresh)
+        new = pfn_to_page(machine, frames)
         machine.write("page.mapping", new, mapping)
-        machine.write("page.index", new, vma.pgoff_of(0) + vpns[fresh])
-        set_flags(machine, pfns[fresh], PG_ANON, rows=new)
+        machine.write("page.index", new, vma.pgoff_of(0) + some(vpns, fresh))
+        set_flags(machine, frames, PG_ANON, rows=new)
     if exclusive.all() and isinstance(rows, slice):
         set_flags(machine, pfns, PG_ANON_EXCLUSIVE, rows=rows)
     elif exclusive.any():
@@ -270,10 +274,10 @@ def _places_of_merged(state: State, number: int, node: int) -> tuple[NDArray[np.
 def ksm_migrate_page(machine: Machine, old: Pfns, new: Pfns, rows: Rows | None = None) -> None:
     """Let merged pages be found at their new frames; ``rows`` are those of ``old``, if known."""
     rows = pfn_to_page(machine, old) if rows is None else rows
-    merged = (machine["page.flags"][rows] & np.uint32(PG_KSM)) != 0
+    merged = (alike(machine["page.flags"][rows]) & np.uint32(PG_KSM)) != 0
     if merged.any():
-        nodes = machine["page.mapping"][page_rows(machine, old[merged])]
-        machine.write("ksm_node.pfn", nodes.astype(np.int64), new[merged])
+        nodes = machine["page.mapping"][page_rows(machine, some(old, merged))]
+        machine.write("ksm_node.pfn", nodes.astype(np.int64), some(new, merged))
 
 
 def _frames_named(words: Words) -> Pfns:

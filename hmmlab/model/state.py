@@ -23,8 +23,6 @@ __all__ = [
     "are_unique",
     "first_and_last",
     "row_numbers",
-    "rows_where",
-    "some",
     "unique_rows",
 ]
 
@@ -36,6 +34,11 @@ _BLOCK_SHIFT = 12
 _BLOCK = 1 << _BLOCK_SHIFT
 #: Bytes from which an array has a mapping of its own.
 _LARGE = 1 << 18
+
+# glibc's malloc keeps freed memory up to a threshold that rises to the largest mapping it was ever
+# given back (mallopt(3)). It starts at the size of the blocks in which long passes go, so that each
+# pass would ask the system for its arrays anew: a third of the time of a snapshot.
+np.empty(1 << 24, np.uint8)
 
 
 def first_and_last(rows: Rows) -> tuple[int, int]:
@@ -56,16 +59,6 @@ def row_numbers(rows: Rows) -> NDArray[np.int64]:
     if isinstance(rows, slice):
         return np.arange(rows.start, rows.stop, rows.step or 1)
     return np.atleast_1d(np.asarray(rows, np.int64))
-
-
-def rows_where(mask: NDArray[np.bool_]) -> slice | NDArray[np.int64]:
-    """The rows at which ``mask``, of shape (n,), is True: a slice where all are."""
-    return slice(0, mask.size) if np.count_nonzero(mask) == mask.size else np.flatnonzero(mask)
-
-
-def some(values: NDArray[Any], mask: NDArray[np.bool_]) -> NDArray[Any]:
-    """The masked ones of ``values``: themselves, and no copy, where all are masked."""
-    return values if np.count_nonzero(mask) == mask.size else values[mask]
 
 
 def are_unique(rows: NDArray[np.int64]) -> bool:

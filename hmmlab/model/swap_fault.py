@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from hmmlab.model.alike import some
 from hmmlab.model.copy_on_write import do_wp_page
 from hmmlab.model.entry import (
     DIRTY,
@@ -45,7 +46,7 @@ from hmmlab.model.page import (
 )
 from hmmlab.model.page_table import read_range
 from hmmlab.model.rmap import page_add_anon_rmap
-from hmmlab.model.state import Rows, are_unique, row_numbers, some, unique_rows
+from hmmlab.model.state import Rows, are_unique, row_numbers, unique_rows
 from hmmlab.model.swap import (
     folio_free_swap,
     give_up_swap,

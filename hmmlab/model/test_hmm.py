@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hmmlab.model.access import make_device_exclusive_range
+from hmmlab.model.alike import rows_where, some
 from hmmlab.model.dmirror_device import DmirrorDevice, copy_content, fill_dst
 from hmmlab.model.dmirror_snapshot import SnapshotSubscriber, dmirror_mkentry
 from hmmlab.model.driver import Answer, Driver, backing
@@ -48,7 +49,7 @@ from hmmlab.model.mmu_notifier import (
 from hmmlab.model.operation import operation
 from hmmlab.model.page import PG_LOCKED, put_page, set_flags
 from hmmlab.model.region import Pages
-from hmmlab.model.state import row_numbers, rows_where, some
+from hmmlab.model.state import row_numbers
 from hmmlab.model.trace import Step
 
 __all__ = ["Dmirror"]
@@ -267,7 +268,7 @@ class Dmirror(Driver):
         assert migrate.vma is not None
         copied = taken = 0
         if wanted.any():
-            src, at = some(migrate.src, wanted), rows_where(wanted)
+            src, at = some(migrate.src, wanted), rows_where(wanted, migrate.src.size)
             frames = self.mdevice.alloc_pages(src.size, self.file)
             taken = frames.size
             if taken < src.size:

@@ -1,0 +1,45 @@
+"""One for all: what is the same for each of many pages, kept once.
+
+In a long range mostly all pages are alike. A value or a mask that is the same for each of n pages
+may be an array of shape (1,) instead of (n,): it stands for all, and broadcasts against the rest.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["alike", "how_many", "rows_where", "some"]
+
+
+def alike(values: NDArray[Any]) -> NDArray[Any]:
+    """``values``, of shape (n,), or where all are equal the first of them, of shape (1,)."""
+    if values.size > 1 and values[0] == values[-1] and (values == values[0]).all():
+        return values[:1].copy()
+    return values
+
+
+def how_many(mask: NDArray[np.bool_], size: int) -> int:
+    """How many of ``size`` rows a mask chooses, of shape (size,) or one for all."""
+    return size * bool(mask[0]) if mask.size == 1 else int(np.count_nonzero(mask))
+
+
+def rows_where(mask: NDArray[np.bool_], size: int) -> slice | NDArray[np.int64]:
+    """The rows of ``size`` that a mask chooses, of shape (size,) or one for all.
+
+    A slice where it is all or none.
+    """
+    count = how_many(mask, size)
+    return slice(0, count) if count in (0, size) else np.flatnonzero(mask)
+
+
+def some(values: NDArray[Any], mask: NDArray[np.bool_]) -> NDArray[Any]:
+    """The masked ones of ``values``: themselves, and no copy, where all are masked.
+
+    Either may be one for all; values that are so stay so.
+    """
+    if mask.size == 1 or values.size == 1:
+        return values if mask.any() else values[:0]
+    return values if np.count_nonzero(mask) == mask.size else values[mask]
