@@ -19,6 +19,7 @@ from hmmlab.model.entry import (
     Bools,
     Pfns,
     Words,
+    marks_of,
     pfn_of,
     repeats_device_private,
 )
@@ -174,9 +175,10 @@ def _touch_alike(
         for vpn in vpns[leaders_of_blocks(vpns, huge)].tolist() if huge.any() else ():
             yield from split_huge_pmd(machine, vma, vpn - vpn % PMD_PAGES, vpn)
         words = read_range(machine, mm_root(machine, vma.mm), start, stop)
-        if np.bitwise_and.reduce(words) & wanted == wanted:
-            return words
-        lacking = ((words & wanted) != wanted) & ~repeats_device_private(words)
+        marks = marks_of(words)
+        lacking = (marks & wanted) != wanted
+        if lacking.any():
+            lacking = lacking & ~repeats_device_private(words)
         if not lacking.any():
             return words
         faulting = some(vpns, lacking)
@@ -185,7 +187,7 @@ def _touch_alike(
         elif vma.is_anonymous:
             faulting = some(faulting, ~_brought_by_huge_pages(machine, vma, faulting))
         elif not write:
-            faulting = _faulting(machine, vma, faulting, words[lacking] == 0)
+            faulting = _faulting(machine, vma, faulting, some(words, lacking) == 0)
         yield from fault(machine, vma, faulting, write)
     raise KernelError(0, f"the access to page {start:#x} faults forever", signal=SIGBUS)
 

@@ -13,9 +13,16 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from hmmlab.model.alike import rows_where, some
+from hmmlab.model.alike import alike, rows_where, some
 from hmmlab.model.driver import backing
-from hmmlab.model.entry import MIGRATE_PFN_WRITE, Pfns, migrate_pfn, migrate_pfn_to_pfn
+from hmmlab.model.entry import (
+    MIGRATE_PFN_MIGRATE,
+    MIGRATE_PFN_WRITE,
+    Pfns,
+    migrate_flags,
+    migrate_pfn,
+    migrate_pfn_to_pfn,
+)
 from hmmlab.model.geometry import SECTION_PAGES
 from hmmlab.model.machine import KernelError, Machine, Routine, kernel
 from hmmlab.model.migrate import migrate_device_finalize, migrate_device_pages, migrate_device_range
@@ -40,7 +47,7 @@ from hmmlab.model.page import (
 if TYPE_CHECKING:
     from hmmlab.model.test_hmm import Dmirror
 
-__all__ = ["CHUNK_PAGES", "UNITS", "DmirrorDevice", "copy_content", "fill_dst"]
+__all__ = ["CHUNK_PAGES", "UNITS", "DmirrorDevice", "fill_dst"]
 
 #: Frames of one chunk of device memory: 256 MiB.
 CHUNK_PAGES = 2 * SECTION_PAGES
@@ -143,7 +150,7 @@ class DmirrorDevice:
         """Bring what is on frames ``first`` to ``last - 1`` home to RAM, wherever it is mapped."""
         machine = self.machine
         migrate = yield from migrate_device_range(machine, np.arange(first, last), self.owner)
-        wanted = migrate.migrating
+        wanted = migrate.having(MIGRATE_PFN_MIGRATE)
         if wanted.any():
             fill_dst(machine, migrate, wanted)
         yield from migrate_device_pages(machine, migrate)
@@ -204,30 +211,23 @@ class DmirrorDevice:
         self, machine: Machine, vma: Vma, vpns: Pfns, pfns: Pfns, flags: int
     ) -> Routine[None]:
         """The CPU touched device pages: bring each back by a migration of its own."""
-        files = machine["page.private"][as_rows(backing(machine, pfns))].copy()
+        files = alike(machine["page.private"][as_rows(backing(machine, pfns))]).copy()
         # One file after another in page order, for frames are freed in that order.
-        edges = [0, *(np.flatnonzero(files[1:] != files[:-1]) + 1).tolist(), files.size]
+        edges = [0, *(np.flatnonzero(files[1:] != files[:-1]) + 1).tolist(), pfns.size]
         for first, last in pairwise(edges):
             mirror: Dmirror = machine.objects["device_file"][int(files[first])]
             yield from mirror.devmem_fault(vma, vpns[first:last], pfns[first:last])
-
-
-def copy_content(machine: Machine, source: Pfns, target: Pfns, copied: NDArray[np.bool_]) -> None:
-    """Copy content from RAM to RAM, or leave zeros where nothing is copied."""
-    words = machine["page.content"][pfn_to_page(machine, source)]
-    if not copied.all():
-        words = np.where(copied, words, np.uint64(0))
-    machine.write("page.content", pfn_to_page(machine, target), words)
 
 
 def fill_dst(machine: Machine, migrate: MigrateVma, wanted: NDArray[np.bool_]) -> None:
     """New, locked frames of RAM as ``dst`` of ``wanted``, with the content of ``src``."""
     src = some(migrate.src, wanted)
     frames = alloc_pages(machine, src.size)
-    set_flags(machine, frames, PG_LOCKED)
-    source = backing(machine, migrate_pfn_to_pfn(src))
-    copy_content(machine, source, frames, copied=np.ones(src.size, np.bool_))
-    entries = migrate_pfn(frames) | (src & np.uint64(MIGRATE_PFN_WRITE))
+    rows = pfn_to_page(machine, frames)
+    set_flags(machine, frames, PG_LOCKED, rows=rows)
+    source = pfn_to_page(machine, backing(machine, migrate_pfn_to_pfn(src)))
+    machine.write("page.content", rows, machine["page.content"][source])
+    entries = migrate_pfn(frames, migrate_flags(src) & np.uint8(MIGRATE_PFN_WRITE))
     migrate.dst[rows_where(wanted, migrate.dst.size)] = entries
 
 

@@ -86,10 +86,11 @@ class Answer:
 
 def backing(machine: Machine, pfns: Pfns) -> Pfns:
     """Frames that hold the data of ``pfns``: themselves, unless their device says otherwise."""
-    device = is_device_private_page(machine, pfns)
+    rows = pfn_to_page(machine, pfns)
+    device = is_device_private_page(machine, pfns, rows)
     if not device.any():
         return pfns
-    behind = machine["page.private"][pfn_to_page(machine, pfns)]
+    behind = machine["page.private"][rows]
     return behind.copy() if device.all() else np.where(device, behind, pfns)
 
 

@@ -21,7 +21,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from hmmlab.model.alike import alike
+from hmmlab.model.alike import alike, some
 from hmmlab.model.geometry import MAX_PHYSMEM_BITS, PAGE_SHIFT
 
 __all__ = [
@@ -178,10 +178,11 @@ def is_swap_type(words: Words) -> Bools:
 
 def present_word(pfns: Pfns | int, prot: int) -> Words:
     """Word that maps ``pfns`` with the bits ``prot`` (``pfn_pte``)."""
-    field = (np.asarray(pfns, np.int64) << PAGE_SHIFT).view(np.uint64)
+    field = np.asarray(np.asarray(pfns, np.int64) << PAGE_SHIFT).view(np.uint64)
     if not prot & PRESENT:
         field = ~field & np.uint64(PFN_MASK)
-    return field | np.uint64(prot)
+    field |= np.uint64(prot)
+    return field
 
 
 def pfn_of(words: Words) -> Pfns:
@@ -189,8 +190,9 @@ def pfn_of(words: Words) -> Pfns:
     flipped = words
     if not np.bitwise_and.reduce(words, axis=None) & np.uint64(PRESENT):
         flipped = np.where((words & PRESENT) != 0, words, ~words)
-    field = flipped & np.uint64(PFN_MASK)
-    return (field >> np.uint64(PAGE_SHIFT)).view(np.int64)
+    field = np.asarray(flipped & np.uint64(PFN_MASK))
+    field >>= np.uint64(PAGE_SHIFT)
+    return field.view(np.int64)
 
 
 def with_protection(words: Words, prot: int) -> Words:
@@ -223,7 +225,10 @@ def swap_offset(words: Words) -> NDArray[np.int64]:
 
 def swap_offset_pfn(words: Words) -> Pfns:
     """Frame number that a migration or device entry names (``swp_offset_pfn``)."""
-    return ((~words >> np.uint64(_OFFSET_SHIFT)) & np.uint64(_SWP_PFN_MASK)).view(np.int64)
+    field = np.asarray(~words)
+    field >>= np.uint64(_OFFSET_SHIFT)
+    field &= np.uint64(_SWP_PFN_MASK)
+    return field.view(np.int64)
 
 
 def named_pfn(words: Words) -> Pfns:
@@ -294,15 +299,16 @@ def is_device_private(words: Words) -> Bools:
 
 
 def repeats_device_private(words: Words) -> Bools:
-    """Which words, of shape (n,), name a device-private page that one before them names too."""
-    found = np.zeros(words.size, np.bool_)
-    mine = is_device_private(words)
-    if not mine.any():
-        return found
-    pfns = swap_offset_pfn(words if mine.all() else words[mine])
+    """Which words, of shape (n,), name a device-private page that one before them names too.
+
+    One for all where none does.
+    """
+    mine = is_device_private(marks_of(words))
+    pfns = swap_offset_pfn(some(words, mine))
     if (pfns[1:] > pfns[:-1]).all() or (pfns[1:] < pfns[:-1]).all():
-        return found
-    private = np.flatnonzero(mine)
+        return np.array([False])
+    found = np.zeros(words.size, np.bool_)
+    private = np.flatnonzero(np.broadcast_to(mine, words.shape))
     order = np.argsort(pfns, kind="stable")
     again = np.flatnonzero(pfns[order][1:] == pfns[order][:-1]) + 1
     found[private[order[again]]] = True
@@ -337,7 +343,7 @@ def hmm_pfn_to_pfn(hmm_pfns: Words) -> Pfns:
     return (hmm_pfns & np.uint64((1 << HMM_PFN_ORDER_SHIFT) - 1)).view(np.int64)
 
 
-def migrate_pfn(pfns: Pfns, flags: Words | int = 0) -> Words:
+def migrate_pfn(pfns: Pfns, flags: NDArray[np.unsignedinteger] | int = 0) -> Words:
     """A src or dst entry that names ``pfns`` (``migrate_pfn``: VALID is set), with ``flags``."""
     entries = (pfns << _MIGRATE_PFN_SHIFT).view(np.uint64)
     entries |= np.asarray(flags | np.uint64(MIGRATE_PFN_VALID))
@@ -356,7 +362,9 @@ def migrate_flags(entries: Words) -> NDArray[np.uint8]:
 
 def device_word(pfns: Pfns, flags: NDArray[np.uint64] | int) -> Words:
     """Word of a device page table: the backing page's frame and its DEVICE_* flags."""
-    return (pfns << PAGE_SHIFT).view(np.uint64) | np.asarray(flags, np.uint64)
+    words = (pfns << PAGE_SHIFT).view(np.uint64)
+    words |= np.asarray(flags, np.uint64)
+    return words
 
 
 def device_pfn(words: Words) -> Pfns:

@@ -16,7 +16,7 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from hmmlab.model.alike import some
+from hmmlab.model.alike import alike, some
 from hmmlab.model.anon_vma import anon_vma_prepare
 from hmmlab.model.copy_on_write import born_dirty, do_wp_page
 from hmmlab.model.entry import (
@@ -30,6 +30,7 @@ from hmmlab.model.entry import (
     is_device_exclusive,
     is_device_private,
     is_present,
+    marks_of,
     present_word,
     swap_offset_pfn,
     swap_type,
@@ -56,6 +57,7 @@ from hmmlab.model.page import (
     get_page,
     of_pagemap,
     page_rows,
+    pfn_to_page,
     set_flags,
     some_rows,
 )
@@ -92,19 +94,20 @@ def audiences(
     if stop - start < 2 or not mm_has_notifiers(machine, vma.mm):
         return ((start, stop),)
     words = read_range(machine, mm_root(machine, vma.mm), start, stop)
-    private = is_device_private(words)
+    marks = marks_of(words)
+    private = is_device_private(marks)
     if not private.any():
         return ((start, stop),)
-    entries = some(words, private)
-    kinds = 2 * of_pagemap(machine, "owner", swap_offset_pfn(entries))
+    pfns = swap_offset_pfn(some(words, private))
+    kinds = 2 * of_pagemap(machine, "owner", pfns, pfn_to_page(machine, pfns))
     if write:
-        kinds += swap_type(entries) == SWP_DEVICE_READ  # to be copied besides
-    if private.all() and (kinds == kinds[0]).all():
+        kinds = kinds + (swap_type(some(marks, private)) == SWP_DEVICE_READ)  # copied besides
+    if private.all() and alike(kinds).size == 1:
         return ((start, stop),)
     kind = is_device_exclusive(words).astype(kinds.dtype)  # of which all hear
     if write:
         kind |= is_present(words) & ((words & np.uint64(RW)) == 0)
-    kind[private] = kinds
+    kind[np.broadcast_to(private, kind.shape)] = kinds
     telling = np.flatnonzero(kind)
     cuts = start + telling[1:][np.diff(kind[telling]) != 0]
     return pairwise([start, *cuts.tolist(), stop])
@@ -147,13 +150,10 @@ def handle_mm_fault(
             alloc_tables(machine, root, vpn << 9, (vpn << 9) + 1)
     rows = rows_of(machine, root, vpns)
     words = machine["pte"][rows].copy()
-    empty = words == 0
-    if empty.all() and not lost:
-        first_touch = do_anonymous_page if vma.is_anonymous else do_fault
-        yield from first_touch(machine, vma, vpns, rows, write)
-        return
-    elsewhere = ~empty & ~is_present(words)
-    shielded = ~empty & ~elsewhere & ((words & RW) == 0) if write else np.zeros_like(empty)
+    marks = marks_of(words)
+    empty = marks == 0
+    elsewhere = ~empty & ~is_present(marks)
+    shielded = ~empty & ~elsewhere & ((marks & np.uint64(RW)) == 0) & write
     ready = ~(empty | elsewhere | shielded)
     if empty.any() and not lost:
         fill = do_anonymous_page if vma.is_anonymous else do_fault
@@ -173,14 +173,15 @@ def handle_mm_fault(
             machine, vma, some(vpns, shielded), some_rows(rows, shielded), some(words, shielded)
         )
     if ready.any():
-        marks = ACCESSED | (DIRTY | SOFT_DIRTY if write else 0)
-        machine.write("pte", some_rows(rows, ready), words[ready] | np.uint64(marks))
-        _mark_alike(machine, root, vpns[ready], marks)
+        young = ACCESSED | (DIRTY | SOFT_DIRTY if write else 0)
+        there = some(vpns, ready)
+        machine.write("pte", some_rows(rows, ready), some(words, ready) | np.uint64(young))
+        _mark_alike(machine, root, there, young)
         yield machine.step(
             "{range}: there already, so only the age changes.",
             vma.mm,
-            int(vpns[ready][0]),
-            int(vpns[ready][-1]) + 1,
+            int(there[0]),
+            int(there[-1]) + 1,
         )
     if lost:
         place = machine.names.place(vma.mm, high - 1, high)

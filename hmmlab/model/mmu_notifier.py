@@ -16,11 +16,13 @@ from __future__ import annotations
 import enum
 from collections.abc import Generator
 from dataclasses import dataclass, replace
+from functools import reduce
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from hmmlab.model.alike import alike, how_many
 from hmmlab.model.machine import KernelError, Machine, Routine, kernel
 from hmmlab.model.state import State
 
@@ -122,6 +124,12 @@ class MmuNotifierRange:
     def size(self) -> int:
         """How many ranges."""
         return self.start.size
+
+    def hits(self, start: int, end: int) -> NDArray[np.bool_]:
+        """Which of the series touch pages ``start`` to ``end - 1``, or one for all."""
+        if start <= self.start.min() and end >= self.end.max():
+            return np.array([True])
+        return alike((self.start < end) & (self.end > start))
 
     def __getitem__(self, which: Any) -> MmuNotifierRange:
         """Some of the series."""
@@ -239,24 +247,26 @@ def _hit_intervals(machine: Machine, range: MmuNotifierRange) -> Routine[None]:
     subscriptions = np.flatnonzero(
         (machine["interval.mm"] == mm) & (machine["interval.deferred"] != 1)
     )
-    starts, ends = machine["interval.start"], machine["interval.end"]
     hits = {
-        int(s): (range.start < ends[s]) & (range.end > starts[s]) for s in subscriptions.tolist()
+        row: range.hits(machine["interval.start"][row], machine["interval.end"][row])
+        for row in subscriptions.tolist()
     }
-    hit = np.logical_or.reduce(list(hits.values())) if hits else np.zeros(range.size, bool)
+    hit = reduce(np.logical_or, hits.values(), np.array([False]))
     active = int(machine["mm.active_invalidations"][mm])
-    seq = int(machine["mm.invalidate_seq"][mm])
     # While something else runs, all share its odd number; otherwise each has one of its own.
-    seqs = np.full(range.size, seq | 1) if active else (seq | 1) + 2 * (np.cumsum(hit) - hit)
+    seq, step = int(machine["mm.invalidate_seq"][mm]) | 1, 0 if active else 2
     machine.write("mm.active_invalidations", mm, active + 1)
     if hit.any():
-        machine.write("mm.invalidate_seq", mm, int(seqs[hit][-1]))
+        machine.write("mm.invalidate_seq", mm, seq + step * (how_many(hit, range.size) - 1))
     refused = False
     for subscription, mine in hits.items():
         if mine.any():
             subscriber = machine.objects["interval"][subscription]
+            heard, before = range, np.arange(range.size)
+            if mine.size > 1:
+                heard, before = range[mine], (np.cumsum(hit) - 1)[mine]
             refused |= not (
-                yield from _call_back(subscriber, subscription, range[mine], seqs[mine])
+                yield from _call_back(subscriber, subscription, heard, seq + step * before)
             )
     if refused:
         _interval_end(machine, mm)

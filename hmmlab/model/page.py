@@ -166,7 +166,7 @@ def some_rows(rows: Rows, mask: Bools) -> Rows:
     """The masked ones of ``rows``."""
     if mask.all():
         return rows
-    return as_rows(row_numbers(rows)[mask])
+    return as_rows(some(row_numbers(rows), mask))
 
 
 def pfn_to_page(state: State, pfns: Pfns) -> Rows:
@@ -433,11 +433,14 @@ def memunmap_pages(machine: Machine, pagemap: int) -> None:
         machine.write(f"pagemap.{column}", pagemap, 0)
 
 
-def pagemap_of(state: State, pfns: Pfns) -> Pfns:
-    """Number of the pagemap of each device frame (``page->pgmap``), 0 for none."""
-    only = _only_pagemap(state, pfns)
+def pagemap_of(state: State, pfns: Pfns, rows: Rows | None = None) -> Pfns:
+    """Number of the pagemap of each device frame (``page->pgmap``), 0 for none.
+
+    Shaped as ``pfns`` are; where their ``rows`` are given, maybe one for all.
+    """
+    only = _only_pagemap(state, pfns, rows)
     if only is not None:
-        return np.full(pfns.size, only)
+        return np.full(1 if isinstance(rows, slice) else pfns.size, only)
     table = state["section.pagemap"]
     slots = _section(pfns)
     inside = (slots >= 0) & (slots < table.size)
@@ -461,12 +464,9 @@ def _only_pagemap(state: State, pfns: Pfns, rows: Rows | None = None) -> int | N
 def of_pagemap(state: State, field: str, pfns: Pfns, rows: Rows | None = None) -> np.ndarray:
     """What the pagemap of each frame has as ``field``, such as its ``owner``; 0 in RAM.
 
-    Shaped as ``pfns`` are; where their ``rows`` are given, maybe one for all.
+    Shaped as :func:`pagemap_of` says.
     """
-    column, only = state[f"pagemap.{field}"], _only_pagemap(state, pfns, rows)
-    if only is None:
-        return column[pagemap_of(state, pfns)]
-    return np.full(1 if isinstance(rows, slice) else pfns.size, column[only])
+    return state[f"pagemap.{field}"][pagemap_of(state, pfns, rows)]
 
 
 def _free_zone_device_page(machine: Machine, pfns: Pfns, rows: Rows) -> None:
@@ -474,7 +474,6 @@ def _free_zone_device_page(machine: Machine, pfns: Pfns, rows: Rows) -> None:
     machine.called("free_zone_device_page", pfns.size)
     for column in ("flags", "content", "mapping", "index"):
         machine.write(f"page.{column}", rows, 0)
-    only = _only_pagemap(machine, pfns, rows)
-    maps = pagemap_of(machine, pfns) if only is None else np.array([only])
+    maps = pagemap_of(machine, pfns, rows)
     for pagemap in unique_rows(maps).tolist():
         machine.objects["pagemap"][pagemap].page_free(machine, some(pfns, maps == pagemap))

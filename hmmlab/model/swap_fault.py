@@ -24,6 +24,7 @@ from hmmlab.model.entry import (
     is_device_private,
     is_migration,
     is_swapped,
+    marks_of,
     present_word,
     repeats_device_private,
     swap_offset,
@@ -73,7 +74,7 @@ def do_swap_page(
     remote: bool = False,
 ) -> Routine[None]:
     """A fault on entries that are neither empty nor present."""
-    private = is_device_private(words)
+    private = is_device_private(marks_of(words))
     if not private.all():
         words = yield from _migration_entry_wait(machine, vma, vpns, rows, words)
         exclusive = is_device_exclusive(words)
@@ -83,15 +84,19 @@ def do_swap_page(
             )
         private = is_device_private(words)
     pfns, at = swap_offset_pfn(some(words, private)), some(vpns, private)
-    if not are_unique(pfns):  # the first fault brings a shared page home for all
-        first = ~repeats_device_private(words)[private]
-        pfns, at = pfns[first], at[first]
+    pages = pfn_to_page(machine, pfns)
+    if not isinstance(pages, slice) and not are_unique(pfns):
+        # The first fault brings a shared page home for all.
+        first = ~some(repeats_device_private(words), private)
+        pfns, at = some(pfns, first), some(at, first)
+        pages = pfn_to_page(machine, pfns)
     if pfns.size:
-        maps = pagemap_of(machine, pfns)
+        maps = pagemap_of(machine, pfns, pages)
         for pagemap in unique_rows(maps).tolist():
             mine = maps == pagemap
             theirs = some(pfns, mine)
-            pages = pfn_to_page(machine, theirs)
+            if theirs is not pfns:
+                pages = pfn_to_page(machine, theirs)
             get_page(machine, theirs, pages)
             ops = machine.objects["pagemap"][pagemap]
             try:

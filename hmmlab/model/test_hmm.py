@@ -13,18 +13,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hmmlab.model.access import make_device_exclusive_range
-from hmmlab.model.alike import rows_where, some
-from hmmlab.model.dmirror_device import DmirrorDevice, copy_content, fill_dst
+from hmmlab.model.alike import alike, how_many, rows_where, some
+from hmmlab.model.dmirror_device import DmirrorDevice, fill_dst
 from hmmlab.model.dmirror_snapshot import SnapshotSubscriber, dmirror_mkentry
 from hmmlab.model.driver import Answer, Driver, backing
 from hmmlab.model.entry import (
     DEVICE_ATOMIC,
     DEVICE_VALID,
     DEVICE_WRITE,
+    MIGRATE_PFN_MIGRATE,
     MIGRATE_PFN_VALID,
     MIGRATE_PFN_WRITE,
     Pfns,
     device_word,
+    migrate_flags,
     migrate_pfn,
     migrate_pfn_to_pfn,
 )
@@ -47,7 +49,7 @@ from hmmlab.model.mmu_notifier import (
     mmu_interval_set_seq,
 )
 from hmmlab.model.operation import operation
-from hmmlab.model.page import PG_LOCKED, put_page, set_flags
+from hmmlab.model.page import PG_LOCKED, pfn_to_page, put_page, set_flags
 from hmmlab.model.region import Pages
 from hmmlab.model.state import row_numbers
 from hmmlab.model.trace import Step
@@ -264,7 +266,7 @@ class Dmirror(Driver):
 
     @kernel("lib/test_hmm.c", "dmirror_migrate_alloc_and_copy")
     def _copy_to_device(self, migrate: MigrateVma) -> Routine[None]:
-        wanted = migrate.migrating
+        wanted = migrate.having(MIGRATE_PFN_MIGRATE)
         assert migrate.vma is not None
         copied = taken = 0
         if wanted.any():
@@ -273,15 +275,19 @@ class Dmirror(Driver):
             taken = frames.size
             if taken < src.size:
                 src, at = src[:taken], row_numbers(at)[:taken]
-            valid = (src & np.uint64(MIGRATE_PFN_VALID)) != 0
-            copied = int(np.count_nonzero(valid))
-            copy_content(
-                self.machine, migrate_pfn_to_pfn(src), backing(self.machine, frames), valid
-            )
-            entries = migrate_pfn(frames) | (src & np.uint64(MIGRATE_PFN_WRITE))
+            flags = migrate_flags(src)
+            valid = (flags & np.uint8(MIGRATE_PFN_VALID)) != 0
+            copied = how_many(valid, taken)
+            source = pfn_to_page(self.machine, migrate_pfn_to_pfn(src))
+            content = self.machine["page.content"][source]
+            if copied < taken:
+                content = np.where(valid, content, np.uint64(0))
+            target = pfn_to_page(self.machine, backing(self.machine, frames))
+            self.machine.write("page.content", target, content)
+            flags = flags & np.uint8(MIGRATE_PFN_WRITE)
             if migrate.vma.flags & VM_WRITE and copied < taken:
-                entries |= ~valid * np.uint64(MIGRATE_PFN_WRITE)
-            migrate.dst[at] = entries
+                flags = flags | (~valid * np.uint8(MIGRATE_PFN_WRITE))
+            migrate.dst[at] = migrate_pfn(frames, flags)
         yield self._migration_step(
             migrate,
             f"Of {{range}}, {self.name} copies {copied}; empty, and given a new frame: "
@@ -295,11 +301,12 @@ class Dmirror(Driver):
     @kernel("lib/test_hmm.c", "dmirror_migrate_finalize_and_map")
     def _map_migrated(self, migrate: MigrateVma) -> Routine[None]:
         yield from self.machine.down_write(self.lock)
-        done = migrate.migrating & (migrate.dst != 0)
+        done = migrate.having(MIGRATE_PFN_MIGRATE) & alike(migrate.dst != 0)
         start, stop = int(migrate.vpns[0]), int(migrate.vpns[-1]) + 1
         if done.any():
             dst = some(migrate.dst, done)
-            writable = (dst & np.uint64(MIGRATE_PFN_WRITE)) >> np.uint64(_WRITE_SHIFT)
+            writable = migrate_flags(dst).astype(np.uint64) & np.uint64(MIGRATE_PFN_WRITE)
+            writable >>= np.uint64(_WRITE_SHIFT)
             frames = self.backing(migrate_pfn_to_pfn(dst))
             entries = device_word(frames, writable | np.uint64(DEVICE_VALID))
             if not done.all():
@@ -309,7 +316,7 @@ class Dmirror(Driver):
             self.store_entries(start, entries)
         self.machine.up_write(self.lock)
         yield self._migration_step(
-            migrate, f"{self.name} maps {np.count_nonzero(done)} of {{range}}."
+            migrate, f"{self.name} maps {how_many(done, stop - start)} of {{range}}."
         )
 
     @kernel("lib/test_hmm.c", "dmirror_migrate_to_system")
@@ -330,7 +337,8 @@ class Dmirror(Driver):
                     yield from migrate_vma_setup(self.machine, migrate)
                     yield from self._copy_to_ram(migrate)
                     yield from migrate_vma_pages(self.machine, migrate)
-                    answer.cpages += int((migrate.valid & migrate.migrating).sum())
+                    done = migrate.having(MIGRATE_PFN_VALID) & migrate.having(MIGRATE_PFN_MIGRATE)
+                    answer.cpages += how_many(done, migrate.vpns.size)
                     yield from migrate_vma_finalize(self.machine, migrate)
         finally:
             self.machine.up_read(lock)
@@ -347,14 +355,14 @@ class Dmirror(Driver):
 
     @kernel("lib/test_hmm.c", "dmirror_devmem_fault_alloc_and_copy")
     def _copy_to_ram(self, migrate: MigrateVma) -> Routine[None]:
-        wanted = migrate.migrating & migrate.valid
-        count = np.count_nonzero(wanted)
+        wanted = migrate.having(MIGRATE_PFN_MIGRATE) & migrate.having(MIGRATE_PFN_VALID)
+        count = how_many(wanted, migrate.vpns.size)
         if count:
             start, stop = int(migrate.vpns[0]), int(migrate.vpns[-1]) + 1
             among = None
             if count < stop - start:
                 among = np.zeros(stop - start, np.bool_)
-                among[migrate.vpns[wanted] - start] = True
+                among[some(migrate.vpns, wanted) - start] = True
             self.forget(start, stop, among)
             fill_dst(self.machine, migrate, wanted)
         yield self._migration_step(
