@@ -4,9 +4,14 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from hmmlab.exercises.progress import VARIABLE
+
+# No test asserts a time, and so neither does hypothesis.
+hypothesis.settings.register_profile("hmmlab", deadline=None)
+hypothesis.settings.load_profile("hmmlab")
 
 
 @pytest.fixture(autouse=True)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["alike", "how_many", "rows_where", "some"]
+__all__ = ["alike", "how_many", "part_of", "rows_where", "some"]
 
 
 def alike(values: NDArray[Any]) -> NDArray[Any]:
@@ -33,6 +33,11 @@ def rows_where(mask: NDArray[np.bool_], size: int) -> slice | NDArray[np.int64]:
     """
     count = how_many(mask, size)
     return slice(0, count) if count in (0, size) else np.flatnonzero(mask)
+
+
+def part_of(rows: slice | NDArray[np.int64], first: int, last: int) -> slice | NDArray[np.int64]:
+    """The rows number ``first`` to ``last - 1`` of what :func:`rows_where` says."""
+    return rows[first:last] if isinstance(rows, np.ndarray) else slice(first, last)
 
 
 def some(values: NDArray[Any], mask: NDArray[np.bool_]) -> NDArray[Any]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from hmmlab.model.alike import some
+from hmmlab.model.alike import alike, some
 from hmmlab.model.anon_vma import anon_vma_prepare
 from hmmlab.model.entry import (
     ACCESSED,
@@ -18,7 +18,7 @@ from hmmlab.model.entry import (
     SPECIAL,
     Pfns,
     Words,
-    pfn_of,
+    marks_and_pfns,
     present_word,
 )
 from hmmlab.model.geometry import PMD_PAGES
@@ -56,34 +56,35 @@ __all__ = ["born_dirty", "do_wp_page", "wp_page_copy"]
 @kernel("mm/memory.c")
 def do_wp_page(machine: Machine, vma: Vma, vpns: Pfns, rows: Rows, words: Words) -> Routine[None]:
     """A write to pages that are present and not writable: reuse the frame, or copy it."""
-    normal = (words & np.uint64(SPECIAL)) == 0
-    frames = pfn_of(words)
+    marks, frames = marks_and_pfns(words)
+    normal = (marks & np.uint64(SPECIAL)) == 0
     if not normal.all():
         frames = np.where(normal, frames, ZERO_PFN)
     at = pfn_to_page(machine, frames)
-    flags = machine["page.flags"][at]
+    flags = alike(machine["page.flags"][at])
     anon = normal & ((flags & np.uint32(PG_ANON)) != 0)
     exclusive = anon & ((flags & np.uint32(PG_ANON_EXCLUSIVE)) != 0)
     alone = anon & ~exclusive & ((flags & np.uint32(PG_KSM)) == 0)
     give_up_swap(machine, some(frames, alone))
-    alone &= _folio_ref_count(machine, at) == 1
+    alone = alone & (_folio_ref_count(machine, at) == 1)
     shared = normal & ~anon & bool(vma.flags & VM_SHARED)
     if shared.any():  # wp_page_shared
-        set_flags(machine, frames[shared], PG_DIRTY)
+        set_flags(machine, some(frames, shared), PG_DIRTY)
     reuse = exclusive | alone | shared
     if alone.any():  # page_move_anon_rmap: the last one left owns it from now on
-        set_flags(machine, frames[alone], PG_ANON_EXCLUSIVE)
+        set_flags(machine, some(frames, alone), PG_ANON_EXCLUSIVE)
         machine.write("page.mapping", some_rows(at, alone), vma.anon_vma)
     if reuse.any():
-        marks = np.uint64(ACCESSED | DIRTY | SOFT_DIRTY | (RW if vma.flags & VM_WRITE else 0))
-        machine.write("pte", some_rows(rows, reuse), some(words, reuse) | marks)
+        rights = np.uint64(ACCESSED | DIRTY | SOFT_DIRTY | (RW if vma.flags & VM_WRITE else 0))
+        machine.write("pte", some_rows(rows, reuse), some(words, reuse) | rights)
+        mine = some(vpns, reuse)
         yield machine.step(
             "Nobody else has the frame of {range}: it becomes writable in place."
             if not shared.any()
             else "All shall see what is written to {range}: it becomes writable in place.",
             vma.mm,
-            int(vpns[reuse][0]),
-            int(vpns[reuse][-1]) + 1,
+            int(mine[0]),
+            int(mine[-1]) + 1,
         )
     copy = ~reuse
     if copy.any():
@@ -93,9 +94,12 @@ def do_wp_page(machine: Machine, vma: Vma, vpns: Pfns, rows: Rows, words: Words)
 
 
 def _folio_ref_count(machine: Machine, rows: Rows) -> NDArray[np.int32]:
-    """References to the pages, those to all of its frames for part of a huge page."""
+    """References to the pages, those to all of its frames for part of a huge page; or one."""
+    compound = alike(machine["page.compound"][rows])
+    if not compound.any():
+        return alike(machine["page.refcount"][rows])
     counts: NDArray[np.int32] = machine["page.refcount"][rows].copy()
-    compound = machine["page.compound"][rows]
+    compound = np.broadcast_to(compound, counts.shape)
     if compound.any():
         parts = np.flatnonzero(compound)
         heads, which = np.unique(compound[parts], return_inverse=True)
@@ -112,8 +116,8 @@ def wp_page_copy(machine: Machine, vma: Vma, vpns: Pfns, rows: Rows, words: Word
     Where the word has changed since ``words`` was read, the copy is given up (``pte_same``).
     """
     vma = anon_vma_prepare(machine, vma)
-    normal = (words & np.uint64(SPECIAL)) == 0
-    old = pfn_of(words)
+    marks, old = marks_and_pfns(words)
+    normal = (marks & np.uint64(SPECIAL)) == 0
     at = pfn_to_page(machine, old)
     new = alloc_pages(machine, vpns.size)
     machine.write("page.content", as_rows(new), machine["page.content"][at])
@@ -130,7 +134,7 @@ def wp_page_copy(machine: Machine, vma: Vma, vpns: Pfns, rows: Rows, words: Word
             some_rows(rows, same),
             old[same],
             new[same],
-            normal[same],
+            some(normal, same),
         )
         at = pfn_to_page(machine, old)
     set_flags(machine, new, PG_LRU)
@@ -138,7 +142,7 @@ def wp_page_copy(machine: Machine, vma: Vma, vpns: Pfns, rows: Rows, words: Word
     page_add_new_anon_rmap(machine, new, vma, vpns)
     machine.write("pte", rows, present_word(new, born_dirty(vma, vm_page_prot(vma.flags))))
     if not normal.all():
-        old = old[normal]
+        old = some(old, normal)
         at = pfn_to_page(machine, old)
     page_remove_rmap(machine, old, rows=at)
     yield machine.step(
@@ -150,9 +154,9 @@ def wp_page_copy(machine: Machine, vma: Vma, vpns: Pfns, rows: Rows, words: Word
     )
     yield from invalidate_range_end(machine, range)
     put_page(machine, old, at)
-    cached = machine["page.swap"][at] != 0
+    cached = alike(machine["page.swap"][at]) != 0
     if cached.any():
-        free_swap_cache(machine, unique_rows(old[cached]))
+        free_swap_cache(machine, unique_rows(some(old, cached)))
 
 
 def born_dirty(vma: Vma, prot: int) -> int:

@@ -74,6 +74,7 @@ __all__ = [
     "is_present",
     "is_swap_type",
     "is_swapped",
+    "marks_and_pfns",
     "marks_of",
     "migrate_flags",
     "migrate_pfn",
@@ -197,8 +198,11 @@ def pfn_of(words: Words) -> Pfns:
 
 def with_protection(words: Words, prot: int) -> Words:
     """Present words with the protection bits ``prot`` (``pte_modify``)."""
-    if prot & PRESENT and ((words & PRESENT) != 0).all():  # frame numbers stay as they are written
-        return (words & np.uint64(PFN_MASK | _KEPT_BY_PROTECTION)) | np.uint64(prot)
+    if prot & PRESENT and np.bitwise_and.reduce(words) & np.uint64(PRESENT):
+        # Frame numbers stay as they are written.
+        changed: Words = words & np.uint64(PFN_MASK | _KEPT_BY_PROTECTION)
+        changed |= np.uint64(prot)
+        return changed
     return present_word(pfn_of(words), prot) | (words & np.uint64(_KEPT_BY_PROTECTION))
 
 
@@ -233,12 +237,7 @@ def swap_offset_pfn(words: Words) -> Pfns:
 
 def named_pfn(words: Words) -> Pfns:
     """Frame that each word names, be it present or a migration or device entry; 0 for none."""
-    if np.bitwise_and.reduce(words) & np.uint64(PRESENT):
-        return pfn_of(words)
-    if _all_name_swp_pfn(words):
-        return swap_offset_pfn(words)
-    named = np.where(has_pfn(words), swap_offset_pfn(words), 0)
-    return np.where(is_present(words), pfn_of(words), named)
+    return marks_and_pfns(words)[1]
 
 
 def marks_of(words: Words) -> Words:
@@ -246,11 +245,21 @@ def marks_of(words: Words) -> Words:
 
     All that can be asked of a word besides its frame can be asked of its marks.
     """
+    return marks_and_pfns(words)[0]
+
+
+def marks_and_pfns(words: Words) -> tuple[Words, Pfns]:
+    """What :func:`marks_of` and :func:`named_pfn` say of words, uint64 of shape (n,)."""
     if np.bitwise_and.reduce(words) & np.uint64(PRESENT):
-        return alike(words & np.uint64(~PFN_MASK & _WORD))
+        field = words & np.uint64(PFN_MASK)
+        marks = alike(words ^ field)
+        field >>= np.uint64(PAGE_SHIFT)
+        return marks, field.view(np.int64)
     if _all_name_swp_pfn(words):
-        return alike(words & np.uint64(~(_SWP_PFN_MASK << _OFFSET_SHIFT) & _WORD))
-    return alike(words)
+        marks = alike(words & np.uint64(~(_SWP_PFN_MASK << _OFFSET_SHIFT) & _WORD))
+        return marks, swap_offset_pfn(words)
+    named = np.where(has_pfn(words), swap_offset_pfn(words), 0)
+    return alike(words), np.where(is_present(words), pfn_of(words), named)
 
 
 def _all_name_swp_pfn(words: Words) -> bool:

@@ -8,11 +8,12 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from hmmlab.model.alike import some
+from hmmlab.model.alike import alike, rows_where, some
 from hmmlab.model.anon_vma import anon_vma_fork
 from hmmlab.model.entry import (
     ACCESSED,
     DIRTY,
+    PRESENT,
     RW,
     SOFT_DIRTY,
     SPECIAL,
@@ -26,7 +27,7 @@ from hmmlab.model.entry import (
     is_present,
     is_swap_type,
     is_swapped,
-    named_pfn,
+    marks_and_pfns,
     pfn_of,
     present_word,
     swap_offset,
@@ -77,7 +78,7 @@ from hmmlab.model.page import (
 )
 from hmmlab.model.page_table import alloc_tables, rows_of, set_huge, walk
 from hmmlab.model.rmap import page_add_new_anon_rmap, page_dup_rmap
-from hmmlab.model.state import Rows
+from hmmlab.model.state import Rows, row_numbers
 from hmmlab.model.swap import swap_duplicate
 from hmmlab.model.tlb import flush_tlb
 from hmmlab.model.vma import insert_after, vm_area_dup
@@ -150,10 +151,8 @@ def copy_page_range(machine: Machine, child: Vma, vma: Vma) -> Routine[None]:
         if run.row < 0:
             continue
         alloc_tables(machine, mm_root(machine, child.mm), run.start, run.stop)
-        used = np.arange(run.stop - run.start)
-        words = machine["pte"][run.row : run.row + used.size]
-        if not words.all():
-            used = np.flatnonzero(words)
+        words = machine["pte"][run.row : run.row + run.stop - run.start]
+        used = row_numbers(rows_where(words != 0, words.size))
         parts = [(0, used.size)] if run.huge else machine.chunks(0, used.size)
         for first, last in parts:
             part = used[first:last]
@@ -196,39 +195,38 @@ def _copy_words(
     words = machine["pte"][rows].copy()
     if is_cow_mapping(vma.flags):
         words = _write_protected(words)
-    present = is_present(words)
-    normal = present & ((words & np.uint64(SPECIAL)) == 0)
-    private = absent = ~present
-    if absent.any():
-        private = is_device_private(words)
-    pfns = named_pfn(words)
+    marks, pfns = marks_and_pfns(words)
+    present = is_present(marks)
+    normal = present & ((marks & np.uint64(SPECIAL)) == 0)
+    private = ~present & is_device_private(marks)
     pinned = _must_copy(machine, pfns, normal)
     shared = (normal | private) & ~pinned
     clean = DIRTY if vma.flags & VM_SHARED else 0
     copies = words & np.uint64(~(ACCESSED | clean) & _ALL)
-    if absent.any():
+    if not present.all():
         copies = np.where(present, copies, words)
-    swapped = is_swapped(words) if absent.any() else absent
-    if swapped.any():
-        words[swapped] &= np.uint64(~SWP_EXCLUSIVE & _ALL)
-        copies[swapped] = words[swapped]
-        swap_duplicate(machine, swap_offset(words[swapped]))
+        swapped = is_swapped(words)
+        if swapped.any():
+            words[swapped] &= np.uint64(~SWP_EXCLUSIVE & _ALL)
+            copies[swapped] = words[swapped]
+            swap_duplicate(machine, swap_offset(words[swapped]))
     frames = some(pfns, shared)
     pages = pfn_to_page(machine, frames)
     get_page(machine, frames, pages)
     page_dup_rmap(machine, frames, pages)
     if pinned.any():
-        words[pinned] = machine["pte"][rows][pinned]  # a pinned page stays the parent's own
-        copies[pinned] = _copied(machine, child, vpns[pinned], pfns[pinned])
+        mine = rows_where(pinned, pfns.size)
+        words[mine] = machine["pte"][rows][mine]  # a pinned page stays the parent's own
+        copies[mine] = _copied(machine, child, vpns[mine], pfns[mine])
     machine.write("pte", rows, words)
     machine.write("pte", rows_of(machine, mm_root(machine, child.mm), vpns), copies)
 
 
 def _write_protected(words: Words) -> Words:
     """Words without the right to write; a device entry loses its soft-dirty bit with it."""
-    present = is_present(words)
-    if present.all():
+    if np.bitwise_and.reduce(words) & np.uint64(PRESENT):
         return words & np.uint64(~RW & _ALL)
+    present = is_present(words)
     protected = np.where(present, words & np.uint64(~RW & _ALL), words)
     writable = is_swap_type(words) & (swap_type(words) == SWP_DEVICE_WRITE)
     protected[writable] = swap_word(SWP_DEVICE_READ, swap_offset(words[writable]))
@@ -236,12 +234,13 @@ def _write_protected(words: Words) -> Words:
 
 
 def _must_copy(machine: Machine, pfns: Pfns, normal: Bools) -> Bools:
-    """Which pages may be pinned, so that the child must not share them."""
+    """Which pages may be pinned, so that the child must not share them; or one for all."""
     if not normal.all():
         pfns = np.where(normal, pfns, 0)
-    flags = machine["page.flags"][pfn_to_page(machine, pfns)]
+    rows = pfn_to_page(machine, pfns)
+    flags = alike(machine["page.flags"][rows])
     exclusive = normal & ((flags & np.uint32(PG_ANON_EXCLUSIVE)) != 0)
-    return exclusive & folio_maybe_dma_pinned(machine, pfns)
+    return exclusive & folio_maybe_dma_pinned(machine, pfns, rows)
 
 
 def _copied(machine: Machine, child: Vma, vpns: Pfns, pfns: Pfns) -> Words:

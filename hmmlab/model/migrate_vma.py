@@ -23,11 +23,10 @@ from hmmlab.model.entry import (
     Words,
     is_device_private,
     is_present,
-    marks_of,
+    marks_and_pfns,
     migrate_flags,
     migrate_pfn,
     migrate_pfn_to_pfn,
-    named_pfn,
     pfn_of,
     swap_type,
 )
@@ -209,7 +208,7 @@ def commuting_migrations(
     root = mm_root(machine, vma.mm)
     end = min([end, *(run.start for run in walk(machine, root, start, end) if run.huge)])
     words = read_range(machine, root, start, end)
-    marks, pfns = marks_of(words), named_pfn(words)
+    marks, pfns = marks_and_pfns(words)
     present = is_present(marks)
     zero = present & ((marks & np.uint64(SPECIAL)) != 0)
     private = ~present & is_device_private(marks)
@@ -295,7 +294,7 @@ def migrate_vma_collect_pmd(
     src = migrate.src[part]
     word_rows = as_rows(vpns + offset)
     words = machine["pte"][word_rows]
-    marks, pfns = marks_of(words), named_pfn(words)
+    marks, pfns = marks_and_pfns(words)
     present = is_present(marks)
     zero = present & ((marks & np.uint64(SPECIAL)) != 0)
     hole = (marks == 0) & vma.is_anonymous

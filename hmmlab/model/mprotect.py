@@ -179,7 +179,7 @@ def change_protection(
             end = run.row + run.stop - run.start
             for row in np.arange(run.row, end, BLOCK).tolist():  # over blocks
                 rows = slice(row, min(row + BLOCK, end))
-                words = machine["pte"][rows].copy()
+                words = machine["pte"][rows]
                 protected = _protected(machine, vma, words, try_writable and not run.huge)
                 differ = protected != words
                 changed += int(np.count_nonzero(differ))
@@ -208,9 +208,9 @@ def _protected(machine: Machine, vma: Vma, words: Words, try_writable: bool) -> 
 
     A huge one never becomes writable here: its next write fault makes it so.
     """
-    present = is_present(words)
-    if present.all() and not vma.flags & VM_WRITE:
+    if not vma.flags & VM_WRITE and np.bitwise_and.reduce(words) & np.uint64(PRESENT):
         return with_protection(words, vm_page_prot(vma.flags))
+    present = is_present(words)
     changed = words.copy()
     if present.any():
         new = with_protection(words[present], vm_page_prot(vma.flags))

@@ -200,11 +200,17 @@ def is_device_private_page(state: State, pfns: Pfns, rows: Rows | None = None) -
     return found
 
 
-def folio_maybe_dma_pinned(state: State, pfns: Pfns) -> np.ndarray:
-    """Whether frames, or others of their huge page, may be pinned; bool of their shape."""
-    rows = pfn_to_page(state, pfns)
-    pinned = state["page.refcount"][rows] >= GUP_PIN_COUNTING_BIAS
-    heads = state["page.compound"][rows]
+def folio_maybe_dma_pinned(state: State, pfns: Pfns, rows: Rows | None = None) -> Bools:
+    """Whether frames, or others of their huge page, may be pinned.
+
+    Shaped as ``pfns`` are; where their ``rows`` are given, maybe one for all.
+    """
+    at = pfn_to_page(state, pfns) if rows is None else rows
+    refcounts, heads = state["page.refcount"][at], alike(state["page.compound"][at])
+    if not heads.any() and rows is not None:
+        return alike(refcounts) >= GUP_PIN_COUNTING_BIAS
+    pinned: Bools = refcounts >= GUP_PIN_COUNTING_BIAS
+    heads = np.broadcast_to(heads, pinned.shape)
     if heads.any():
         block = frames_of(heads[heads != 0]).reshape(-1, PMD_PAGES)
         mine = state["page.compound"][block] == heads[heads != 0][:, None]

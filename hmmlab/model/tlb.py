@@ -15,12 +15,13 @@ from __future__ import annotations
 
 import numpy as np
 
+from hmmlab.model.alike import alike, some
 from hmmlab.model.entry import PRESENT, Bools, Pfns, Words
 from hmmlab.model.geometry import PMD_PAGES
 from hmmlab.model.lru import lru_add_drain
 from hmmlab.model.machine import Machine
 from hmmlab.model.mmu_notifier import mm_has_notifiers
-from hmmlab.model.page import page_rows, put_page
+from hmmlab.model.page import pfn_to_page, put_page
 from hmmlab.model.state import unique_rows
 from hmmlab.model.swap import free_swap_cache
 
@@ -97,9 +98,9 @@ class MmuGather:
         if self._waiting:
             lru_add_drain(self.machine, 1 - -max(self._waiting - _BUNDLE, 0) // _BATCH)
         for pfns in self._pages:
-            swap = self.machine["page.swap"][page_rows(self.machine, pfns)]
-            cached = unique_rows(pfns[swap != 0])
-            put_page(self.machine, pfns)
+            rows = pfn_to_page(self.machine, pfns)
+            cached = unique_rows(some(pfns, alike(self.machine["page.swap"][rows]) != 0))
+            put_page(self.machine, pfns, rows)
             free_swap_cache(self.machine, cached)
         self._waiting = 0
         self._pages.clear()

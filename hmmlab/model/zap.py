@@ -10,6 +10,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from hmmlab.model.alike import part_of, rows_where, some
 from hmmlab.model.entry import (
     DIRTY,
     SPECIAL,
@@ -17,9 +18,9 @@ from hmmlab.model.entry import (
     is_device_private,
     is_present,
     is_swapped,
+    marks_and_pfns,
     pfn_of,
     swap_offset,
-    swap_offset_pfn,
 )
 from hmmlab.model.geometry import PMD_PAGES
 from hmmlab.model.huge_memory import split_huge_pmds_across
@@ -32,12 +33,13 @@ from hmmlab.model.page import (
     as_rows,
     page_mapping,
     page_rows,
+    pfn_to_page,
     put_page,
     set_flags,
 )
 from hmmlab.model.page_table import drop_table, walk
 from hmmlab.model.rmap import page_remove_rmap
-from hmmlab.model.state import unique_rows
+from hmmlab.model.state import Rows, first_and_last, unique_rows
 from hmmlab.model.swap import free_swap_and_cache
 from hmmlab.model.tlb import MmuGather
 
@@ -68,14 +70,15 @@ def unmap_page_range(
         if run.row < 0:
             continue
         words = machine["pte"][run.row : run.row + run.stop - run.start]
-        used = np.flatnonzero(words)
+        chosen = words != 0
         if not even_cows:
             frames = page_rows(machine, np.where(is_present(words), pfn_of(words), 0))
             anon = (machine["page.flags"][frames] & PG_ANON) != 0
-            used = np.flatnonzero((words != 0) & is_present(words) & ~anon)
-        parts = [(0, used.size)] if run.huge and used.size else machine.chunks(0, used.size)
+            chosen &= is_present(words) & ~anon
+        used, count = rows_where(chosen, words.size), int(np.count_nonzero(chosen))
+        parts = [(0, count)] if run.huge and count else machine.chunks(0, count)
         for first, last in parts:
-            part = used[first:last]
+            part = part_of(used, first, last)
             yield from _zap(machine, tlb, vma, run.row, run.start, part, huge=run.huge)
         if run.huge:
             for first in np.arange(run.start, run.stop, PMD_PAGES).tolist():  # over page tables
@@ -88,7 +91,7 @@ def _zap(
     vma: Vma,
     row: int,
     start: int,
-    used: NDArray[np.int64],
+    used: slice | NDArray[np.int64],
     *,
     huge: bool,
 ) -> Routine[None]:
@@ -96,31 +99,31 @@ def _zap(
 
     Of ``huge`` words these are whole PMD words, which have one mapping each.
     """
-    rows = as_rows(row + used)
+    if isinstance(used, slice):
+        rows: Rows = slice(row + used.start, row + used.stop)
+    else:
+        rows = as_rows(row + used)
     words = machine["pte"][rows].copy()
-    present = is_present(words)
-    normal = present & ((words & SPECIAL) == 0)
-    private = exclusive = absent = ~present
-    named = pfn_of(words)
-    if absent.any():
-        private = absent & is_device_private(words)
-        exclusive = absent & is_device_exclusive(words)
-        named = np.where(present, named, swap_offset_pfn(words))
+    marks, named = marks_and_pfns(words)
+    present = is_present(marks)
+    normal = present & ((marks & np.uint64(SPECIAL)) == 0)
+    private = ~present & is_device_private(marks)
     machine.write("pte", rows, 0)
-    held = normal | private
-    dirty = named[normal & ((words & DIRTY) != 0)]
-    dirty = dirty[page_mapping(machine, dirty)]
-    if dirty.size:
-        set_flags(machine, unique_rows(dirty), PG_DIRTY)
-    page_remove_rmap(machine, named if held.all() else named[held], huge=huge)
+    dirty = some(named, normal & ((marks & np.uint64(DIRTY)) != 0))
+    cached = page_mapping(machine, dirty, pfn_to_page(machine, dirty))
+    if cached.any():
+        set_flags(machine, unique_rows(some(dirty, cached)), PG_DIRTY)
+    page_remove_rmap(machine, some(named, normal | private), huge=huge)
     if present.any():
-        tlb.remove_pages(named if normal.all() else named[normal], huge=huge)
+        tlb.remove_pages(some(named, normal), huge=huge)
     if private.any():
-        put_page(machine, named[private])
-    if exclusive.any():  # mapped nowhere, but held
-        put_page(machine, swap_offset_pfn(words[exclusive]))
-    swapped = is_swapped(words) if absent.any() else absent
-    if swapped.any():
-        free_swap_and_cache(machine, swap_offset(words[swapped]))
-    first, last = start + int(used[0]), start + int(used[-1]) + 1
-    yield machine.step("{range}: no longer mapped.", vma.mm, first, last)
+        put_page(machine, some(named, private))
+    if not present.all():
+        exclusive = ~present & is_device_exclusive(marks)
+        if exclusive.any():  # mapped nowhere, but held
+            put_page(machine, some(named, exclusive))
+        swapped = is_swapped(marks)
+        if swapped.any():
+            free_swap_and_cache(machine, swap_offset(some(words, swapped)))
+    first, last = first_and_last(used)
+    yield machine.step("{range}: no longer mapped.", vma.mm, start + first, start + last + 1)

@@ -59,9 +59,7 @@ def operation(draw):
 
 SCENARIOS = st.lists(operation(), min_size=1, max_size=12)
 BEGIN = ["open d0 0", f"mmap A {PAGES} rw private"]
-SLOW = settings(
-    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True
-)
+SLOW = settings(max_examples=25, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
 
 
 def session_of(lines, grain, *, record=False):
