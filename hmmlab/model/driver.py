@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from hmmlab.model.alike import alike
 from hmmlab.model.entry import (
     DEVICE_VALID,
     DEVICE_WRITE,
@@ -396,12 +397,12 @@ class Driver:
         answers = range.hmm_pfns
         refused = False
         if range.default_flags & HMM_PFN_REQ_WRITE:
-            writable = (answers & np.uint64(HMM_PFN_WRITE)) != 0
-            stop = self._leading(writable)
+            writable = alike(answers & np.uint64(HMM_PFN_WRITE)) != 0
+            stop = self._leading(writable, answers.size)
             refused = stop < answers.size
             answers = answers[:stop]
         stop = answers.size
-        flags = (answers & np.uint64(HMM_PFN_WRITE)) >> np.uint64(_WRITE_SHIFT)
+        flags = alike(answers & np.uint64(HMM_PFN_WRITE)) >> np.uint64(_WRITE_SHIFT)
         flags |= np.uint64(DEVICE_VALID)
         if stop:
             pfns = self.backing(hmm_pfn_to_pfn(answers))
@@ -438,7 +439,7 @@ class Driver:
         assert answer.data is not None
         for first in np.arange(start + answer.cpages, stop, BLOCK).tolist():  # over blocks
             words = self.entries(first, min(first + BLOCK, stop))
-            known = self._leading((words & np.uint64(DEVICE_VALID)) != 0)
+            known = self._leading(alike(words & np.uint64(DEVICE_VALID)) != 0, words.size)
             rows = pfn_to_page(self.machine, device_pfn(words[:known]))
             copied = answer.data[answer.cpages : answer.cpages + known]
             copied[:] = self.machine["page.content"][rows]
@@ -462,7 +463,7 @@ class Driver:
             yield from self.machine.down_write(self.lock)
             at = start + answer.cpages
             words = self.entries(at, stop)
-            known = self._leading((words & both) == both)
+            known = self._leading(alike(words & both) == both, words.size)
             if known:
                 rows = pfn_to_page(self.machine, device_pfn(words[:known]))
                 self.machine.write(
@@ -480,6 +481,6 @@ class Driver:
             answer.faults += 1
 
     @staticmethod
-    def _leading(known: NDArray[np.bool_]) -> int:
-        """How many at the beginning are True."""
-        return int(known.size if known.all() else np.argmin(known))
+    def _leading(known: NDArray[np.bool_], size: int) -> int:
+        """How many at the beginning of ``size`` are True."""
+        return size if known.all() else int(np.argmin(known))

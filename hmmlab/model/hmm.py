@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from hmmlab.model.alike import how_many
 from hmmlab.model.entry import (
     HMM_PFN_ERROR,
     HMM_PFN_ORDER_SHIFT,
@@ -25,13 +26,13 @@ from hmmlab.model.entry import (
     RW,
     SWP_DEVICE_WRITE,
     Bools,
+    Pfns,
     Words,
     is_device_private,
     is_migration,
     is_present,
     is_swap_type,
-    pfn_of,
-    swap_offset_pfn,
+    marks_and_pfns,
     swap_type,
 )
 from hmmlab.model.geometry import LEVEL_PAGES, LEVEL_SHIFT, PMD_PAGES, align_down
@@ -51,7 +52,7 @@ from hmmlab.model.mm_types import (
     vma_at,
 )
 from hmmlab.model.mmu_notifier import mmu_interval_check_retry, series_commute
-from hmmlab.model.page import free_ram, pagemap_of
+from hmmlab.model.page import free_ram, of_pagemap
 from hmmlab.model.page_table import Run, read_range, table_of, walk
 
 __all__ = ["HmmRange", "commuting_batches", "hmm_range_fault"]
@@ -173,23 +174,21 @@ def commuting_batches(
         return last
     end = min(stop, vma.end, start + max(BLOCK // batch, 1) * batch)
     end = min([end, *(r.start for r in walk(machine, mm_root(machine, mm), start, end) if r.huge)])
-    words = read_range(machine, mm_root(machine, mm), start, end)
-    present = (words & np.uint64(PRESENT)) != 0
-    odd = np.flatnonzero(~present & (words != 0))
-    if odd.size:
-        pfns = swap_offset_pfn(words[odd])
-        mine = machine["pagemap.owner"][pagemap_of(machine, pfns)] == owner
-        mine &= is_device_private(words[odd])
+    marks, pfns = marks_and_pfns(read_range(machine, mm_root(machine, mm), start, end))
+    present = (marks & np.uint64(PRESENT)) != 0
+    odd = ~present & (marks != 0)
+    if odd.any():
+        mine = is_device_private(marks) & (of_pagemap(machine, "owner", pfns) == owner)
         if write:
-            mine &= swap_type(words[odd]) == SWP_DEVICE_WRITE
-        odd = odd[~mine]
-        if odd.size:
-            end = start + int(odd[0])
+            mine &= swap_type(marks) == SWP_DEVICE_WRITE
+        odd = odd & ~mine
+        if odd.any():
+            end = start + int(np.argmax(odd))
     if write:
-        shielded = present & ((words & np.uint64(RW)) == 0)
+        shielded = present & ((marks & np.uint64(RW)) == 0)
         if shielded.any() and not series_commute(machine, mm, start, end):
             return last
-        if int(shielded.sum()) + int((words == 0).sum()) > free_ram(machine):
+        if how_many(shielded, pfns.size) + how_many(marks == 0, pfns.size) > free_ram(machine):
             return last
     return max(last, end if end == stop else end - (end - start) % batch)
 
@@ -197,7 +196,7 @@ def commuting_batches(
 def _fault_batches(machine: Machine, range: HmmRange) -> Routine[None]:
     """Fault what several requests lack: in each page table of each, from the first such page on."""
     words = read_range(machine, mm_root(machine, range.mm), range.start, range.end)
-    cpu_flags, final = _cpu_flags(machine, range, words)
+    cpu_flags, final = _cpu_flags(machine, range, *marks_and_pfns(words))
     lacking = _lacking(range.request(range.start, range.end), cpu_flags) & ~final
     if not lacking.any():
         return
@@ -296,8 +295,8 @@ def hmm_vma_walk_pmd(machine: Machine, range: HmmRange, vma: Vma, run: Run) -> R
         return
     answers, cpu_flags, final = _answers(machine, range, words)
     asked = range.request(run.start, run.stop)
-    lacking = np.flatnonzero(_lacking(asked, cpu_flags) & ~final)
-    stop = int(lacking[0]) if lacking.size else words.size
+    lacking = _lacking(asked, cpu_flags) & ~final
+    stop = int(np.argmax(lacking)) if lacking.any() else words.size
     range.fill(run.start, run.start + stop, answers[:stop])
     at = run.start + stop
     tables = (min(at, run.stop - 1) // PMD_PAGES) - run.start // PMD_PAGES
@@ -315,7 +314,8 @@ def hmm_vma_walk_pmd(machine: Machine, range: HmmRange, vma: Vma, run: Run) -> R
             lock="migration_entry_wait",
         )
         raise _WalkAgainError(at)
-    write = bool(asked[stop] & HMM_PFN_REQ_WRITE) and not cpu_flags[stop] & HMM_PFN_WRITE
+    writable = cpu_flags[stop if cpu_flags.size > 1 else 0] & HMM_PFN_WRITE
+    write = bool(asked[stop] & HMM_PFN_REQ_WRITE) and not writable
     end = min(run.stop, align_down(at, PMD_PAGES) + PMD_PAGES)
     yield from hmm_vma_fault(machine, vma, at, end, write)
 
@@ -381,37 +381,39 @@ def _lacking(asked: Words, cpu_flags: Words) -> Bools:
     return lacking & ((asked & HMM_PFN_REQ_FAULT) != 0)
 
 
-def _cpu_flags(machine: Machine, range: HmmRange, words: Words) -> tuple[Words, Bools]:
-    """The flags of some words, and which are final whatever is asked.
+def _cpu_flags(machine: Machine, range: HmmRange, marks: Words, pfns: Pfns) -> tuple[Words, Bools]:
+    """The flags of words with such marks and frames, and which are final whatever is asked.
 
-    A device-private page of the caller's own device is final: it is never faulted, not even for a
-    write that its entry does not allow.
+    Both may be one for all. A device-private page of the caller's own device is final: it is never
+    faulted, not even for a write that its entry does not allow.
     """
-    final = np.zeros(words.size, np.bool_)
-    flags = (words & np.uint64(RW)) << np.uint64(_WRITE_SHIFT)
+    final = np.array([False])
+    flags = (marks & np.uint64(RW)) << np.uint64(_WRITE_SHIFT)
     flags |= np.uint64(HMM_PFN_VALID)
-    if np.bitwise_and.reduce(words) & np.uint64(PRESENT):
+    here = (marks & np.uint64(PRESENT)) != 0
+    if here.all():
         return flags, final
-    flags[(words & PRESENT) == 0] = 0
-    other = np.flatnonzero(~is_present(words) & (words != 0))
-    if other.size:
-        entries = words[other]
-        owners = machine["pagemap.owner"][pagemap_of(machine, swap_offset_pfn(entries))]
-        own = is_device_private(entries) & (owners == range.dev_private_owner) & (owners != 0)
-        writable = swap_type(entries[own]) == SWP_DEVICE_WRITE
-        flags[other[own]] = np.where(writable, HMM_PFN_VALID | HMM_PFN_WRITE, HMM_PFN_VALID)
-        final[other[own]] = True
+    flags = np.where(here, flags, np.uint64(0))
+    private = ~is_present(marks) & is_device_private(marks)
+    if private.any():
+        owners = of_pagemap(machine, "owner", pfns)
+        final = private & (owners == range.dev_private_owner) & (owners != 0)
+        writable = swap_type(marks) == SWP_DEVICE_WRITE
+        own = np.where(writable, np.uint64(HMM_PFN_WRITE), np.uint64(0)) | np.uint64(HMM_PFN_VALID)
+        flags = np.where(final, own, flags)
     return flags, final
 
 
 def _answers(machine: Machine, range: HmmRange, words: Words) -> tuple[Words, Words, Bools]:
     """The hmm_pfns of some words, and as :func:`_cpu_flags`."""
-    flags, final = _cpu_flags(machine, range, words)
-    answers = pfn_of(words).view(np.uint64)
-    if not np.bitwise_and.reduce(words) & np.uint64(PRESENT):
-        answers[~is_present(words)] = 0
-        answers[final] = swap_offset_pfn(words[final]).view(np.uint64)
-    return answers | flags, flags, final
+    marks, pfns = marks_and_pfns(words)
+    flags, final = _cpu_flags(machine, range, marks, pfns)
+    answers = pfns.view(np.uint64)
+    named = is_present(marks) | final
+    if not named.all():
+        answers = np.where(named, answers, np.uint64(0))
+    answers |= flags
+    return answers, flags, final
 
 
 @kernel("mm/hmm.c")
