@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from hmmlab.model.alike import some
+from hmmlab.model.alike import all_of, any_of, some
 from hmmlab.model.entry import (
     ACCESSED,
     DIRTY,
@@ -115,7 +115,7 @@ def _reach(machine: Machine, vma: Vma, start: int, stop: int) -> int:
     if not device_file_of(machine, vma.file):
         return stop
     words = read_range(machine, mm_root(machine, vma.mm), start, stop)
-    return stop if words.all() else start + max(int(np.argmin(words != 0)), 1)
+    return stop if all_of(words) else start + max(int(np.argmin(words != 0)), 1)
 
 
 def _may_access(vma: Vma, *, write: bool) -> bool:
@@ -172,14 +172,14 @@ def _touch_alike(
     vpns = np.arange(start, stop)
     for _ in range(_ENDLESS):
         huge = huge_blocks(machine, mm_root(machine, vma.mm), vpns) if split else np.zeros(0, bool)
-        for vpn in vpns[leaders_of_blocks(vpns, huge)].tolist() if huge.any() else ():
+        for vpn in vpns[leaders_of_blocks(vpns, huge)].tolist() if any_of(huge) else ():
             yield from split_huge_pmd(machine, vma, vpn - vpn % PMD_PAGES, vpn)
         words = read_range(machine, mm_root(machine, vma.mm), start, stop)
         marks = marks_of(words)
         lacking = (marks & wanted) != wanted
-        if lacking.any():
+        if any_of(lacking):
             lacking = lacking & ~repeats_device_private(words)
-        if not lacking.any():
+        if not any_of(lacking):
             return words
         faulting = some(vpns, lacking)
         if vma.flags & VM_HUGETLB:
@@ -196,7 +196,7 @@ def _brought_by_huge_pages(machine: Machine, vma: Vma, vpns: Pfns) -> Bools:
     """Which of ``vpns`` do not fault, because the first of their 2 MiB brings all."""
     huge = huge_blocks(machine, mm_root(machine, vma.mm), vpns)
     huge |= will_be_huge(machine, vma, vpns)
-    if not huge.any():
+    if not any_of(huge):
         return huge
     return huge & ~leaders_of_blocks(vpns, huge)
 
@@ -210,7 +210,7 @@ def _faulting(machine: Machine, vma: Vma, vpns: Pfns, empty: Bools) -> Pfns:
     low, high = fault_around_window(vma, vpns)
     # The first window may begin unaligned, and then reaches into the second.
     opening = empty & (low == vma.start)
-    reach = int(high[opening][0]) if opening.any() else vma.start
+    reach = int(high[opening][0]) if any_of(opening) else vma.start
     brought = empty & there & (low > vma.start) & (vpns < reach)
     waiting = empty & ~brought
     first = waiting.copy()
@@ -306,7 +306,7 @@ def _mark_dirty(machine: Machine, vma: Vma, start: int, stop: int) -> None:
         clean = (words & np.uint64(PRESENT | DIRTY | SPECIAL)) == PRESENT
         if run.huge:
             machine.write("pte", as_rows(rows), words | np.uint64(DIRTY))
-        elif clean.any():
+        elif any_of(clean):
             set_flags(machine, unique_rows(pfn_of(words[clean])), PG_DIRTY)
 
 

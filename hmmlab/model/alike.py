@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["alike", "how_many", "part_of", "rows_where", "some"]
+__all__ = ["alike", "all_of", "any_of", "how_many", "part_of", "rows_where", "some"]
 
 
 def alike(values: NDArray[Any]) -> NDArray[Any]:
@@ -19,6 +19,19 @@ def alike(values: NDArray[Any]) -> NDArray[Any]:
     if values.size > 1 and values[0] == values[-1] and (values == values[0]).all():
         return values[:1].copy()
     return values
+
+
+def any_of(values: NDArray[Any]) -> bool:
+    """Whether any of ``values``, of shape (n,) or one for all, is True, or not zero.
+
+    ``values.any()`` says the same, and takes 1.5 microseconds for a single one.
+    """
+    return bool(values[0]) if values.size == 1 else bool(values.any())
+
+
+def all_of(values: NDArray[Any]) -> bool:
+    """Whether all of ``values``, of shape (n,) or one for all, are True, or not zero."""
+    return bool(values[0]) if values.size == 1 else bool(values.all())
 
 
 def how_many(mask: NDArray[np.bool_], size: int) -> int:
@@ -46,5 +59,5 @@ def some(values: NDArray[Any], mask: NDArray[np.bool_]) -> NDArray[Any]:
     Either may be one for all; values that are so stay so.
     """
     if mask.size == 1 or values.size == 1:
-        return values if mask.any() else values[:0]
+        return values if any_of(mask) else values[:0]
     return values if np.count_nonzero(mask) == mask.size else values[mask]

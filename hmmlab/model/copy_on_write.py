@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from hmmlab.model.alike import alike, some
+from hmmlab.model.alike import alike, all_of, any_of, some
 from hmmlab.model.anon_vma import anon_vma_prepare
 from hmmlab.model.entry import (
     ACCESSED,
@@ -58,7 +58,7 @@ def do_wp_page(machine: Machine, vma: Vma, vpns: Pfns, rows: Rows, words: Words)
     """A write to pages that are present and not writable: reuse the frame, or copy it."""
     marks, frames = marks_and_pfns(words)
     normal = (marks & np.uint64(SPECIAL)) == 0
-    if not normal.all():
+    if not all_of(normal):
         frames = np.where(normal, frames, ZERO_PFN)
     at = pfn_to_page(machine, frames)
     flags = alike(machine["page.flags"][at])
@@ -68,26 +68,26 @@ def do_wp_page(machine: Machine, vma: Vma, vpns: Pfns, rows: Rows, words: Words)
     give_up_swap(machine, some(frames, alone))
     alone = alone & (_folio_ref_count(machine, at) == 1)
     shared = normal & ~anon & bool(vma.flags & VM_SHARED)
-    if shared.any():  # wp_page_shared
+    if any_of(shared):  # wp_page_shared
         set_flags(machine, some(frames, shared), PG_DIRTY)
     reuse = exclusive | alone | shared
-    if alone.any():  # page_move_anon_rmap: the last one left owns it from now on
+    if any_of(alone):  # page_move_anon_rmap: the last one left owns it from now on
         set_flags(machine, some(frames, alone), PG_ANON_EXCLUSIVE)
         machine.write("page.mapping", some_rows(at, alone), vma.anon_vma)
-    if reuse.any():
+    if any_of(reuse):
         rights = np.uint64(ACCESSED | DIRTY | SOFT_DIRTY | (RW if vma.flags & VM_WRITE else 0))
         machine.write("pte", some_rows(rows, reuse), some(words, reuse) | rights)
         mine = some(vpns, reuse)
         yield machine.step(
             "Nobody else has the frame of {range}: it becomes writable in place."
-            if not shared.any()
+            if not any_of(shared)
             else "All shall see what is written to {range}: it becomes writable in place.",
             vma.mm,
             int(mine[0]),
             int(mine[-1]) + 1,
         )
     copy = ~reuse
-    if copy.any():
+    if any_of(copy):
         yield from wp_page_copy(
             machine, vma, some(vpns, copy), some_rows(rows, copy), some(words, copy)
         )
@@ -96,11 +96,11 @@ def do_wp_page(machine: Machine, vma: Vma, vpns: Pfns, rows: Rows, words: Words)
 def _folio_ref_count(machine: Machine, rows: Rows) -> NDArray[np.int32]:
     """References to the pages, those to all of its frames for part of a huge page; or one."""
     compound = alike(machine["page.compound"][rows])
-    if not compound.any():
+    if not any_of(compound):
         return alike(machine["page.refcount"][rows])
     counts: NDArray[np.int32] = machine["page.refcount"][rows].copy()
     compound = np.broadcast_to(compound, counts.shape)
-    if compound.any():
+    if any_of(compound):
         parts = np.flatnonzero(compound)
         heads, which = np.unique(compound[parts], return_inverse=True)
         frames = frames_of(heads).reshape(heads.size, PMD_PAGES)
@@ -124,9 +124,9 @@ def wp_page_copy(machine: Machine, vma: Vma, vpns: Pfns, rows: Rows, words: Word
     range = MmuNotifierRange.each(vma.mm, Event.CLEAR, vpns, vma=vma.row)
     yield from invalidate_range_start(machine, range)
     same = machine["pte"][rows] == words
-    if not same.all():
+    if not all_of(same):
         put_page(machine, new[~same])
-        if not same.any():
+        if not any_of(same):
             yield from invalidate_range_end(machine, range)
             return
         vpns, rows, old, new, normal = (
@@ -141,13 +141,13 @@ def wp_page_copy(machine: Machine, vma: Vma, vpns: Pfns, rows: Rows, words: Word
     ptep_clear_flush_notify(machine, vma.mm, vpns.size)
     page_add_new_anon_rmap(machine, new, vma, vpns)
     machine.write("pte", rows, present_word(new, born_dirty(vma, vm_page_prot(vma.flags))))
-    if not normal.all():
+    if not all_of(normal):
         old = some(old, normal)
         at = pfn_to_page(machine, old)
     page_remove_rmap(machine, old, rows=at)
     yield machine.step(
         "A frame of its own for {range}: "
-        + ("the old one keeps its readers." if normal.all() else "so far it was the zero page."),
+        + ("the old one keeps its readers." if all_of(normal) else "so far it was the zero page."),
         vma.mm,
         int(vpns[0]),
         int(vpns[-1]) + 1,
@@ -155,7 +155,7 @@ def wp_page_copy(machine: Machine, vma: Vma, vpns: Pfns, rows: Rows, words: Word
     yield from invalidate_range_end(machine, range)
     put_page(machine, old, at)
     cached = alike(machine["page.swap"][at]) != 0
-    if cached.any():
+    if any_of(cached):
         free_swap_cache(machine, unique_rows(some(old, cached)))
 
 

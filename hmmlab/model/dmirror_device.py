@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from hmmlab.model.alike import alike, rows_where, some
+from hmmlab.model.alike import alike, any_of, rows_where, some
 from hmmlab.model.driver import backing
 from hmmlab.model.entry import (
     MIGRATE_PFN_MIGRATE,
@@ -151,7 +151,7 @@ class DmirrorDevice:
         machine = self.machine
         migrate = yield from migrate_device_range(machine, np.arange(first, last), self.owner)
         wanted = migrate.having(MIGRATE_PFN_MIGRATE)
-        if wanted.any():
+        if any_of(wanted):
             fill_dst(machine, migrate, wanted)
         yield from migrate_device_pages(machine, migrate)
         yield from migrate_device_finalize(machine, migrate)

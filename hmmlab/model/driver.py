@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from hmmlab.model.alike import alike
+from hmmlab.model.alike import alike, all_of, any_of
 from hmmlab.model.entry import (
     DEVICE_VALID,
     DEVICE_WRITE,
@@ -89,10 +89,10 @@ def backing(machine: Machine, pfns: Pfns) -> Pfns:
     """Frames that hold the data of ``pfns``: themselves, unless their device says otherwise."""
     rows = pfn_to_page(machine, pfns)
     device = is_device_private_page(machine, pfns, rows)
-    if not device.any():
+    if not any_of(device):
         return pfns
     behind = machine["page.private"][rows]
-    return behind.copy() if device.all() else np.where(device, behind, pfns)
+    return behind.copy() if all_of(device) else np.where(device, behind, pfns)
 
 
 class Driver:
@@ -483,4 +483,4 @@ class Driver:
     @staticmethod
     def _leading(known: NDArray[np.bool_], size: int) -> int:
         """How many at the beginning of ``size`` are True."""
-        return size if known.all() else int(np.argmin(known))
+        return size if all_of(known) else int(np.argmin(known))

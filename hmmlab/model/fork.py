@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from hmmlab.model.alike import alike, rows_where, some
+from hmmlab.model.alike import alike, all_of, any_of, rows_where, some
 from hmmlab.model.anon_vma import anon_vma_fork
 from hmmlab.model.entry import (
     ACCESSED,
@@ -203,10 +203,10 @@ def _copy_words(
     shared = (normal | private) & ~pinned
     clean = DIRTY if vma.flags & VM_SHARED else 0
     copies = words & np.uint64(~(ACCESSED | clean) & _ALL)
-    if not present.all():
+    if not all_of(present):
         copies = np.where(present, copies, words)
         swapped = is_swapped(words)
-        if swapped.any():
+        if any_of(swapped):
             words[swapped] &= np.uint64(~SWP_EXCLUSIVE & _ALL)
             copies[swapped] = words[swapped]
             swap_duplicate(machine, swap_offset(words[swapped]))
@@ -214,7 +214,7 @@ def _copy_words(
     pages = pfn_to_page(machine, frames)
     get_page(machine, frames, pages)
     page_dup_rmap(machine, frames, pages)
-    if pinned.any():
+    if any_of(pinned):
         mine = rows_where(pinned, pfns.size)
         words[mine] = machine["pte"][rows][mine]  # a pinned page stays the parent's own
         copies[mine] = _copied(machine, child, vpns[mine], pfns[mine])
@@ -235,7 +235,7 @@ def _write_protected(words: Words) -> Words:
 
 def _must_copy(machine: Machine, pfns: Pfns, normal: Bools) -> Bools:
     """Which pages may be pinned, so that the child must not share them; or one for all."""
-    if not normal.all():
+    if not all_of(normal):
         pfns = np.where(normal, pfns, 0)
     rows = pfn_to_page(machine, pfns)
     flags = alike(machine["page.flags"][rows])

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hmmlab.model.alike import how_many
+from hmmlab.model.alike import all_of, any_of, how_many
 from hmmlab.model.entry import (
     HMM_PFN_ERROR,
     HMM_PFN_ORDER_SHIFT,
@@ -177,16 +177,16 @@ def commuting_batches(
     marks, pfns = marks_and_pfns(read_range(machine, mm_root(machine, mm), start, end))
     present = (marks & np.uint64(PRESENT)) != 0
     odd = ~present & (marks != 0)
-    if odd.any():
+    if any_of(odd):
         mine = is_device_private(marks) & (of_pagemap(machine, "owner", pfns) == owner)
         if write:
             mine &= swap_type(marks) == SWP_DEVICE_WRITE
         odd = odd & ~mine
-        if odd.any():
+        if any_of(odd):
             end = start + int(np.argmax(odd))
     if write:
         shielded = present & ((marks & np.uint64(RW)) == 0)
-        if shielded.any() and not series_commute(machine, mm, start, end):
+        if any_of(shielded) and not series_commute(machine, mm, start, end):
             return last
         if how_many(shielded, pfns.size) + how_many(marks == 0, pfns.size) > free_ram(machine):
             return last
@@ -198,7 +198,7 @@ def _fault_batches(machine: Machine, range: HmmRange) -> Routine[None]:
     words = read_range(machine, mm_root(machine, range.mm), range.start, range.end)
     cpu_flags, final = _cpu_flags(machine, range, *marks_and_pfns(words))
     lacking = _lacking(range.request(range.start, range.end), cpu_flags) & ~final
-    if not lacking.any():
+    if not any_of(lacking):
         return
     at = np.arange(words.size)
     chunk = at - np.minimum(at % range.batch, (range.start + at) % PMD_PAGES)
@@ -296,7 +296,7 @@ def hmm_vma_walk_pmd(machine: Machine, range: HmmRange, vma: Vma, run: Run) -> R
     answers, cpu_flags, final = _answers(machine, range, words)
     asked = range.request(run.start, run.stop)
     lacking = _lacking(asked, cpu_flags) & ~final
-    stop = int(np.argmax(lacking)) if lacking.any() else words.size
+    stop = int(np.argmax(lacking)) if any_of(lacking) else words.size
     range.fill(run.start, run.start + stop, answers[:stop])
     at = run.start + stop
     tables = (min(at, run.stop - 1) // PMD_PAGES) - run.start // PMD_PAGES
@@ -333,7 +333,7 @@ def _walk_huge(machine: Machine, range: HmmRange, vma: Vma, run: Run) -> Routine
         asked = range.request(at, end)
         lacking = _lacking(asked, cpu_flags)
         machine.called("hmm_vma_walk_pmd")
-        if range.asks and lacking.any():
+        if range.asks and any_of(lacking):
             no_write = (cpu_flags & HMM_PFN_WRITE) == 0
             write = bool((lacking & ((asked & HMM_PFN_REQ_WRITE) != 0) & no_write).any())
             yield from hmm_vma_fault(machine, vma, at, end, write)
@@ -376,7 +376,7 @@ def _lacking(asked: Words, cpu_flags: Words) -> Bools:
         asked = asked[:1]
     writes = (asked & HMM_PFN_REQ_WRITE) != 0
     lacking: Bools = (cpu_flags & HMM_PFN_VALID) == 0
-    if writes.any():
+    if any_of(writes):
         lacking |= writes & ((cpu_flags & HMM_PFN_WRITE) == 0)
     return lacking & ((asked & HMM_PFN_REQ_FAULT) != 0)
 
@@ -391,11 +391,11 @@ def _cpu_flags(machine: Machine, range: HmmRange, marks: Words, pfns: Pfns) -> t
     flags = (marks & np.uint64(RW)) << np.uint64(_WRITE_SHIFT)
     flags |= np.uint64(HMM_PFN_VALID)
     here = (marks & np.uint64(PRESENT)) != 0
-    if here.all():
+    if all_of(here):
         return flags, final
     flags = np.where(here, flags, np.uint64(0))
     private = ~is_present(marks) & is_device_private(marks)
-    if private.any():
+    if any_of(private):
         owners = of_pagemap(machine, "owner", pfns)
         final = private & (owners == range.dev_private_owner) & (owners != 0)
         writable = swap_type(marks) == SWP_DEVICE_WRITE
@@ -410,7 +410,7 @@ def _answers(machine: Machine, range: HmmRange, words: Words) -> tuple[Words, Wo
     flags, final = _cpu_flags(machine, range, marks, pfns)
     answers = pfns.view(np.uint64)
     named = is_present(marks) | final
-    if not named.all():
+    if not all_of(named):
         answers = np.where(named, answers, np.uint64(0))
     answers |= flags
     return answers, flags, final

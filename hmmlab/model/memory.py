@@ -16,7 +16,7 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from hmmlab.model.alike import alike, some
+from hmmlab.model.alike import alike, all_of, any_of, some
 from hmmlab.model.anon_vma import anon_vma_prepare
 from hmmlab.model.copy_on_write import born_dirty, do_wp_page
 from hmmlab.model.entry import (
@@ -96,13 +96,13 @@ def audiences(
     words = read_range(machine, mm_root(machine, vma.mm), start, stop)
     marks = marks_of(words)
     private = is_device_private(marks)
-    if not private.any():
+    if not any_of(private):
         return ((start, stop),)
     pfns = swap_offset_pfn(some(words, private))
     kinds = 2 * of_pagemap(machine, "owner", pfns, pfn_to_page(machine, pfns))
     if write:
         kinds = kinds + (swap_type(some(marks, private)) == SWP_DEVICE_READ)  # copied besides
-    if private.all() and alike(kinds).size == 1:
+    if all_of(private) and alike(kinds).size == 1:
         return ((start, stop),)
     kind = is_device_exclusive(words).astype(kinds.dtype)  # of which all hear
     if write:
@@ -155,10 +155,10 @@ def handle_mm_fault(
     elsewhere = ~empty & ~is_present(marks)
     shielded = ~empty & ~elsewhere & ((marks & np.uint64(RW)) == 0) & write
     ready = ~(empty | elsewhere | shielded)
-    if empty.any() and not lost:
+    if any_of(empty) and not lost:
         fill = do_anonymous_page if vma.is_anonymous else do_fault
         yield from fill(machine, vma, some(vpns, empty), some_rows(rows, empty), write)
-    if elsewhere.any():
+    if any_of(elsewhere):
         yield from do_swap_page(
             machine,
             vma,
@@ -168,11 +168,11 @@ def handle_mm_fault(
             write,
             remote,
         )
-    if shielded.any():
+    if any_of(shielded):
         yield from do_wp_page(
             machine, vma, some(vpns, shielded), some_rows(rows, shielded), some(words, shielded)
         )
-    if ready.any():
+    if any_of(ready):
         young = ACCESSED | (DIRTY | SOFT_DIRTY if write else 0)
         there = some(vpns, ready)
         machine.write("pte", some_rows(rows, ready), some(words, ready) | np.uint64(young))
@@ -213,7 +213,7 @@ def _up_to_bus_error(machine: Machine, vma: Vma, root: int, vpns: Pfns) -> tuple
     if not device_file_of(machine, vma.file):
         return vpns, False
     words = read_range(machine, root, int(vpns[0]), int(vpns[-1]) + 1)[vpns - vpns[0]]
-    if words.all():
+    if all_of(words):
         return vpns, False
     return vpns[: int(np.argmin(words != 0)) + 1], True
 
@@ -221,18 +221,18 @@ def _up_to_bus_error(machine: Machine, vma: Vma, root: int, vpns: Pfns) -> tuple
 def _huge_faults(machine: Machine, vma: Vma, vpns: Pfns, write: bool) -> Routine[None]:
     """What faults do at the level of PMD words: fill with huge pages, or make those writable."""
     leaders = leaders_of_blocks(vpns, will_be_huge(machine, vma, vpns))
-    if leaders.any():
+    if any_of(leaders):
         yield from do_huge_pmd_anonymous_pages(machine, vma, vpns[leaders], write)
     if not write:
         return
     vma = vma_at(machine, vma.row)
     root = mm_root(machine, vma.mm)
     huge = huge_blocks(machine, root, vpns)
-    if huge.any():
+    if any_of(huge):
         words = np.zeros(vpns.size, np.uint64)
         words[huge] = machine["pte"][row_numbers(rows_of(machine, root, vpns[huge]))]
         shielded = leaders_of_blocks(vpns, huge & ((words & RW) == 0))
-        if shielded.any():
+        if any_of(shielded):
             yield from do_huge_pmd_wp_pages(machine, vma, vpns[shielded], vpns[shielded])
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from hmmlab.model.alike import alike, how_many, rows_where, some
+from hmmlab.model.alike import alike, all_of, any_of, how_many, rows_where, some
 from hmmlab.model.anon_vma import anon_vma_prepare
 from hmmlab.model.entry import (
     DIRTY,
@@ -122,12 +122,12 @@ def migrate_device_unmap(machine: Machine, migrate: MigrateVma) -> Routine[None]
     """Unmap the pages everywhere else, and give up those that somebody holds."""
     lru_add_drain(machine)
     valid = migrate.having(MIGRATE_PFN_VALID)
-    if not valid.any():
+    if not any_of(valid):
         return
     pfns = some(migrate.src_pfns, valid)
     rows = pfn_to_page(machine, pfns)
     mapped = alike(machine["page.mapcount"][rows]) > 0
-    if mapped.any():
+    if any_of(mapped):
         migrate.elsewhere = True
         elsewhere, keys = some(pfns, mapped), some(some(migrate.vpns, valid), mapped)
         with machine.bulk(elsewhere.size if machine.grain > 1 else 1):
@@ -145,7 +145,7 @@ def migrate_device_unmap(machine: Machine, migrate: MigrateVma) -> Routine[None]
     mapcount = alike(machine["page.mapcount"][rows])
     refcount = alike(machine["page.refcount"][rows])
     refused = (mapcount > 0) | (refcount - extra > mapcount)
-    if refused.any():
+    if any_of(refused):
         back = some(pfns, refused)
         migrate.src[some(row_numbers(rows_where(valid, migrate.vpns.size)), refused)] = 0
         remove_migration_ptes(machine, back, back)
@@ -186,10 +186,10 @@ def _migrate_pages(machine: Machine, migrate: MigrateVma) -> Routine[None]:
     migrate.keep(migrate.dst != 0)
     migrating, valid = migrate.having(MIGRATE_PFN_MIGRATE), migrate.having(MIGRATE_PFN_VALID)
     holes, movers = migrating & ~valid, migrating & valid
-    if holes.any() and migrate.vma is not None:
+    if any_of(holes) and migrate.vma is not None:
         where = row_numbers(rows_where(holes, pages))
         yield from _fill_holes(machine, migrate, migrate.vma, where)
-    if movers.any():
+    if any_of(movers):
         src, dst = some(migrate.src_pfns, movers), some(migrate.dst_pfns, movers)
         old, new = pfn_to_page(machine, src), pfn_to_page(machine, dst)
         cached = page_mapping(machine, src, old)
@@ -198,7 +198,7 @@ def _migrate_pages(machine: Machine, migrate: MigrateVma) -> Routine[None]:
         moves = alike(machine["page.refcount"][old]) == expected
         # Only private memory can live on a device.
         moves = moves & ~(cached & is_zone_device(machine, dst, new))
-        if not moves.all():
+        if not all_of(moves):
             stay = some(row_numbers(rows_where(movers, pages)), ~moves)
             migrate.src[stay] &= ~np.uint64(MIGRATE_PFN_MIGRATE)
             src, dst = some(src, moves), some(dst, moves)
@@ -312,21 +312,22 @@ def _finalize_pages(
     valid: Bools,
     moved: Bools,
 ) -> None:
-    unused = ~moved & (dst != 0) if not moved.all() else ~moved
-    if unused.any():  # filled holes keep their page through its own reference
+    unused = ~moved & (dst != 0) if not all_of(moved) else ~moved
+    if any_of(unused):  # filled holes keep their page through its own reference
         set_flags(machine, some(dst, unused), off=PG_LOCKED)
         put_page(machine, some(dst, unused))
-    if valid.any():
-        old, new = some(src, valid), some(dst if moved.all() else np.where(moved, dst, src), valid)
+    if any_of(valid):
+        old = some(src, valid)
+        new = some(dst if all_of(moved) else np.where(moved, dst, src), valid)
         rows = pfn_to_page(machine, new)
         system = ~is_zone_device(machine, new, rows)
-        if system.any():
+        if any_of(system):
             set_flags(machine, some(new, system), PG_LRU, rows=some_rows(rows, system))
         remove_migration_ptes(machine, old, new, migrate.places(machine, some(vpns, valid)))
         rows = pfn_to_page(machine, old)
         set_flags(machine, old, off=PG_LOCKED, rows=rows)
         put_page(machine, old, rows)
-    if moved.any():
+    if any_of(moved):
         new = some(dst, moved)
         rows = pfn_to_page(machine, new)
         set_flags(machine, new, off=PG_LOCKED, rows=rows)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from hmmlab.model.alike import alike, how_many, rows_where, some
+from hmmlab.model.alike import alike, all_of, any_of, how_many, rows_where, some
 from hmmlab.model.entry import (
     MIGRATE_PFN_MIGRATE,
     MIGRATE_PFN_VALID,
@@ -176,7 +176,7 @@ class MigrateVma:
 
     def keep(self, which: Bools) -> None:
         """Clear MIGRATE where ``which`` is False."""
-        if not which.all():
+        if not all_of(which):
             self.src[~which] &= ~np.uint64(MIGRATE_PFN_MIGRATE)
             self.count()
 
@@ -225,11 +225,11 @@ def commuting_migrations(
     for column in ("compound", "swap"):
         alone = alone & (alike(machine[f"page.{column}"][rows]) == 0)
     odd = chosen & ~alone
-    if zero.any():
+    if any_of(zero):
         odd = odd | (zero & (pfns != ZERO_PFN))
-    if not present.all():
+    if not all_of(present):
         odd = odd | (~present & ~private & (marks != 0))
-    if odd.any():
+    if any_of(odd):
         end = start + int(np.argmax(odd))
     if end - start > free_ram(machine):
         return last
@@ -313,9 +313,9 @@ def migrate_vma_collect_pmd(
     if not isinstance(rows, slice):
         selected = _first_of_each(pfns, np.broadcast_to(selected, pfns.shape))
     writable = present & ((marks & np.uint64(RW)) != 0)
-    if not present.all():
+    if not all_of(present):
         writable = writable | (swap_type(marks) == SWP_DEVICE_WRITE)
-    if hole.any():
+    if any_of(hole):
         src[rows_where(hole, vpns.size)] = MIGRATE_PFN_MIGRATE
     if machine.observed:
         flushed, removed = present & (exclusive | pinned), selected
@@ -353,7 +353,7 @@ def _selected(
     device = is_zone_device(machine, pfns, rows)
     if migrate.flags & SELECT_SYSTEM:
         selected = normal & ~device
-    if migrate.flags & (SELECT_DEVICE_PRIVATE | SELECT_DEVICE_COHERENT) and device.any():
+    if migrate.flags & (SELECT_DEVICE_PRIVATE | SELECT_DEVICE_COHERENT) and any_of(device):
         owned = of_pagemap(machine, "owner", pfns, rows) == migrate.pgmap_owner
         if migrate.flags & SELECT_DEVICE_COHERENT:
             selected = selected | (normal & device & owned)
@@ -365,7 +365,7 @@ def _selected(
 def _first_of_each(pfns: Pfns, among: Bools) -> Bools:
     """Which of ``among`` are the first with their frame: the others find it locked."""
     first = among.copy()
-    if among.all() and are_unique(pfns):
+    if all_of(among) and are_unique(pfns):
         return first
     members = np.flatnonzero(among)
     frames = pfns[members]

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from hmmlab.model.alike import alike, some
+from hmmlab.model.alike import alike, all_of, any_of, some
 from hmmlab.model.anon_vma import find_vmas_of_anon_vma
 from hmmlab.model.entry import (
     ACCESSED,
@@ -191,10 +191,10 @@ def _thaw(machine: Machine, places: Places, old: Pfns, new: Pfns) -> None:
     frozen = swap_offset_pfn(entries) == old
     marks = marks_of(entries)
     frozen &= is_migration(marks)
-    if not frozen.any():
+    if not any_of(frozen):
         return
     pfns, vpns = new, places.vpns
-    if not frozen.all():
+    if not all_of(frozen):
         marks, pfns, vpns = some(marks, frozen), pfns[frozen], vpns[frozen]
         word_rows = as_rows(row_numbers(word_rows)[frozen])
     rows = pfn_to_page(machine, pfns)
@@ -204,16 +204,16 @@ def _thaw(machine: Machine, places: Places, old: Pfns, new: Pfns) -> None:
     writable = (kind == SWP_MIGRATION_WRITE) & bool(vma.flags & VM_WRITE)
     flags = alike(machine["page.flags"][rows])
     device = is_device_private_page(machine, pfns, rows)
-    if not device.all():
+    if not all_of(device):
         words = _mapping_word(vma, pfns, writable, marks, flags)
-    if device.any():
+    if any_of(device):
         kind = SWP_DEVICE_READ - writable.view(np.uint8) * (SWP_DEVICE_READ - SWP_DEVICE_WRITE)
         named = swap_word(kind, pfns)
         named |= marks & np.uint64(SWP_SOFT_DIRTY)
-        words = named if device.all() else np.where(device, named, words)
+        words = named if all_of(device) else np.where(device, named, words)
     anon = (flags & np.uint32(PG_ANON)) != 0
     get_page(machine, pfns, rows)
-    if anon.all():
+    if all_of(anon):
         page_add_anon_rmap(machine, pfns, vma, vpns, exclusive, rows)
     else:
         mapped = np.broadcast_to(anon, pfns.shape)

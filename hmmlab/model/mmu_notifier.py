@@ -22,7 +22,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from hmmlab.model.alike import alike, how_many
+from hmmlab.model.alike import alike, all_of, any_of, how_many
 from hmmlab.model.machine import KernelError, Machine, Routine, kernel
 from hmmlab.model.state import State
 
@@ -180,8 +180,8 @@ def series_commute(state: Machine, mm: int, start: int, stop: int) -> bool:
         return False
     mine = np.flatnonzero(state["interval.mm"] == mm)
     starts, ends = state["interval.start"][mine], state["interval.end"][mine]
-    alike = ((starts <= start) & (ends >= stop)) | (starts >= stop) | (ends <= start)
-    return bool(alike.all()) and all(
+    whole = ((starts <= start) & (ends >= stop)) | (starts >= stop) | (ends <= start)
+    return all_of(whole) and all(
         state.objects["interval"][row].takes_series for row in mine.tolist()
     )
 
@@ -256,11 +256,11 @@ def _hit_intervals(machine: Machine, range: MmuNotifierRange) -> Routine[None]:
     # While something else runs, all share its odd number; otherwise each has one of its own.
     seq, step = int(machine["mm.invalidate_seq"][mm]) | 1, 0 if active else 2
     machine.write("mm.active_invalidations", mm, active + 1)
-    if hit.any():
+    if any_of(hit):
         machine.write("mm.invalidate_seq", mm, seq + step * (how_many(hit, range.size) - 1))
     refused = False
     for subscription, mine in hits.items():
-        if mine.any():
+        if any_of(mine):
             subscriber = machine.objects["interval"][subscription]
             heard, before = range, np.arange(range.size)
             if mine.size > 1:
@@ -272,7 +272,7 @@ def _hit_intervals(machine: Machine, range: MmuNotifierRange) -> Routine[None]:
         _interval_end(machine, mm)
         raise KernelError(_EAGAIN, "a subscriber cannot sleep now")
     yield machine.step(
-        _start_sentence(range, sum(bool(mine.any()) for mine in hits.values())),
+        _start_sentence(range, sum(any_of(mine) for mine in hits.values())),
         mm,
         int(range.start[0]),
         int(range.end[-1]),

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from hmmlab.model.alike import alike, some
+from hmmlab.model.alike import alike, all_of, any_of, some
 from hmmlab.model.entry import Bools, Pfns
 from hmmlab.model.geometry import MAX_PHYSMEM_BITS, PAGE_SHIFT, PMD_PAGES, SECTION_PAGES
 from hmmlab.model.machine import KernelError, Machine
@@ -164,7 +164,7 @@ def as_rows(rows: Pfns) -> Rows:
 
 def some_rows(rows: Rows, mask: Bools) -> Rows:
     """The masked ones of ``rows``."""
-    if mask.all():
+    if all_of(mask):
         return rows
     return as_rows(some(row_numbers(rows), mask))
 
@@ -207,11 +207,11 @@ def folio_maybe_dma_pinned(state: State, pfns: Pfns, rows: Rows | None = None) -
     """
     at = pfn_to_page(state, pfns) if rows is None else rows
     refcounts, heads = state["page.refcount"][at], alike(state["page.compound"][at])
-    if not heads.any() and rows is not None:
+    if not any_of(heads) and rows is not None:
         return alike(refcounts) >= GUP_PIN_COUNTING_BIAS
     pinned: Bools = refcounts >= GUP_PIN_COUNTING_BIAS
     heads = np.broadcast_to(heads, pinned.shape)
-    if heads.any():
+    if any_of(heads):
         block = frames_of(heads[heads != 0]).reshape(-1, PMD_PAGES)
         mine = state["page.compound"][block] == heads[heads != 0][:, None]
         many = (state["page.refcount"][block] >= GUP_PIN_COUNTING_BIAS) & mine
@@ -226,7 +226,7 @@ def page_mapping(state: State, pfns: Pfns, rows: Rows | None = None) -> Bools:
     """
     at = pfn_to_page(state, pfns) if rows is None else rows
     found: Bools = (alike(state["page.flags"][at]) & np.uint32(PG_ANON)) == 0
-    if found.any():
+    if any_of(found):
         found = found & (state["page.mapping"][at] != 0)
     found = found | (alike(state["page.swap"][at]) != 0)
     return np.broadcast_to(found, pfns.shape) if rows is None else found
@@ -251,17 +251,17 @@ def put_page(machine: Machine, pfns: Pfns, rows: Rows | None = None) -> None:
     rows = pfn_to_page(machine, pfns) if rows is None else rows
     machine.add("page.refcount", rows, -1)
     dead = machine["page.refcount"][rows] == 0
-    if not dead.any():
+    if not any_of(dead):
         return
-    if not isinstance(rows, slice) or not dead.all():
+    if not isinstance(rows, slice) or not all_of(dead):
         pfns = some(pfns, dead)
         if not are_unique(pfns):
             pfns = pfns[np.sort(np.unique(pfns, return_index=True)[1])]
         rows = pfn_to_page(machine, pfns)
     device = is_zone_device(machine, pfns, rows)
-    if not device.any():
+    if not any_of(device):
         _free_ram(machine, pfns, rows)
-    elif device.all():
+    elif all_of(device):
         _free_zone_device_page(machine, pfns, rows)
     else:
         for free, kind in ((_free_ram, ~device), (_free_zone_device_page, device)):

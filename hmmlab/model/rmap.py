@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from hmmlab.model.alike import alike, some
+from hmmlab.model.alike import alike, all_of, any_of, some
 from hmmlab.model.anon_vma import find_vmas_of_anon_vma, root_anon_vma
 from hmmlab.model.entry import (
     Pfns,
@@ -83,7 +83,7 @@ class Mappings(NamedTuple):
 
     def only(self, chosen: NDArray[np.bool_]) -> Mappings:
         """Some of them."""
-        if chosen.all():
+        if all_of(chosen):
             return self
         which, vma, vpn, row, maps, rank = self
         return Mappings(
@@ -167,7 +167,7 @@ def page_add_anon_rmap(
     rows = pfn_to_page(machine, pfns) if rows is None else rows
     machine.add("page.mapcount", rows, 1)
     fresh = (alike(machine["page.flags"][rows]) & np.uint32(PG_ANON)) == 0
-    if fresh.any():
+    if any_of(fresh):
         root = root_anon_vma(machine, vma.anon_vma)
         mapping = np.where(some(exclusive, fresh), vma.anon_vma, root)
         frames = some(pfns, fresh)
@@ -175,9 +175,9 @@ def page_add_anon_rmap(
         machine.write("page.mapping", new, mapping)
         machine.write("page.index", new, vma.pgoff_of(0) + some(vpns, fresh))
         set_flags(machine, frames, PG_ANON, rows=new)
-    if exclusive.all() and isinstance(rows, slice):
+    if all_of(exclusive) and isinstance(rows, slice):
         set_flags(machine, pfns, PG_ANON_EXCLUSIVE, rows=rows)
-    elif exclusive.any():
+    elif any_of(exclusive):
         set_flags(machine, unique_rows(some(pfns, exclusive)), PG_ANON_EXCLUSIVE)
 
 
@@ -275,7 +275,7 @@ def ksm_migrate_page(machine: Machine, old: Pfns, new: Pfns, rows: Rows | None =
     """Let merged pages be found at their new frames; ``rows`` are those of ``old``, if known."""
     rows = pfn_to_page(machine, old) if rows is None else rows
     merged = (alike(machine["page.flags"][rows]) & np.uint32(PG_KSM)) != 0
-    if merged.any():
+    if any_of(merged):
         nodes = machine["page.mapping"][page_rows(machine, some(old, merged))]
         machine.write("ksm_node.pfn", nodes.astype(np.int64), some(new, merged))
 

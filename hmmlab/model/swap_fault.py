@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from hmmlab.model.alike import some
+from hmmlab.model.alike import all_of, any_of, some
 from hmmlab.model.copy_on_write import do_wp_page
 from hmmlab.model.entry import (
     DIRTY,
@@ -75,10 +75,10 @@ def do_swap_page(
 ) -> Routine[None]:
     """A fault on entries that are neither empty nor present."""
     private = is_device_private(marks_of(words))
-    if not private.all():
+    if not all_of(private):
         words = yield from _migration_entry_wait(machine, vma, vpns, rows, words)
         exclusive = is_device_exclusive(words)
-        if exclusive.any():
+        if any_of(exclusive):
             yield from remove_device_exclusive_entries(
                 machine, vma, vpns[exclusive], row_numbers(rows)[exclusive]
             )
@@ -104,10 +104,10 @@ def do_swap_page(
                 yield from ops.migrate_to_ram(machine, vma, some(at, mine), theirs, flags)
             finally:
                 put_page(machine, theirs, pages)
-    if private.all():
+    if all_of(private):
         return
     swapped = is_swapped(words)
-    if swapped.any():
+    if any_of(swapped):
         at = row_numbers(rows)[swapped]
         yield from _swap_in(machine, vma, vpns[swapped], at, words[swapped], write)
 
@@ -117,7 +117,7 @@ def _migration_entry_wait(
 ) -> Routine[Words]:
     """Wait until none of some words is a migration entry; returns the words then."""
     moving = is_migration(words)
-    while moving.any():
+    while any_of(moving):
         yield machine.step(
             "It waits until the migration of {range} ends.",
             vma.mm,
@@ -142,11 +142,11 @@ def _swap_in(
     while at < vpns.size:
         slots = swap_offset(words[at:])
         shared = (machine["swap.count"][slots] > 1) & (machine["swap.cache"][slots] == 0)
-        ready = int(np.argmax(shared)) if shared.any() else slots.size
+        ready = int(np.argmax(shared)) if any_of(shared) else slots.size
         if ready:
             part = slice(at, at + ready)
             hits = machine["swap.cache"][slots[:ready]]
-            if hits.any():
+            if any_of(hits):
                 last = int(vpns[part][hits > 0][-1])
                 note_swap_cache_hits(machine, hits[hits > 0], vma.row, last)
             yield from _map_swapped(machine, vma, vpns[part], rows[part], words[part], write)
@@ -169,7 +169,7 @@ def _map_swapped(
     slots = swap_offset(words)
     pfns = machine["swap.cache"][slots]
     fresh = pfns == 0
-    if fresh.any():
+    if any_of(fresh):
         new = alloc_pages(machine, int(fresh.sum()))
         machine.write("page.content", as_rows(new), machine["swap.content"][slots[fresh]])
         set_flags(machine, new, PG_LRU | PG_SWAPBACKED)
@@ -189,5 +189,5 @@ def _map_swapped(
     page_add_anon_rmap(machine, pfns, vma, vpns, alone)
     machine.write("pte", as_rows(rows), mapped)
     yield machine.step("{range} come{s} back from swap.", vma.mm, int(vpns[0]), int(vpns[-1]) + 1)
-    if write and not alone.all():
+    if write and not all_of(alone):
         yield from do_wp_page(machine, vma, vpns[~alone], as_rows(rows[~alone]), mapped[~alone])

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hmmlab.model.access import make_device_exclusive_range
-from hmmlab.model.alike import alike, how_many, rows_where, some
+from hmmlab.model.alike import alike, all_of, any_of, how_many, rows_where, some
 from hmmlab.model.dmirror_device import DmirrorDevice, fill_dst
 from hmmlab.model.dmirror_snapshot import SnapshotSubscriber, dmirror_mkentry
 from hmmlab.model.driver import Answer, Driver, backing
@@ -269,7 +269,7 @@ class Dmirror(Driver):
         wanted = migrate.having(MIGRATE_PFN_MIGRATE)
         assert migrate.vma is not None
         copied = taken = 0
-        if wanted.any():
+        if any_of(wanted):
             src, at = some(migrate.src, wanted), rows_where(wanted, migrate.src.size)
             frames = self.mdevice.alloc_pages(src.size, self.file)
             taken = frames.size
@@ -303,13 +303,13 @@ class Dmirror(Driver):
         yield from self.machine.down_write(self.lock)
         done = migrate.having(MIGRATE_PFN_MIGRATE) & alike(migrate.dst != 0)
         start, stop = int(migrate.vpns[0]), int(migrate.vpns[-1]) + 1
-        if done.any():
+        if any_of(done):
             dst = some(migrate.dst, done)
             writable = migrate_flags(dst).astype(np.uint64) & np.uint64(MIGRATE_PFN_WRITE)
             writable >>= np.uint64(_WRITE_SHIFT)
             frames = self.backing(migrate_pfn_to_pfn(dst))
             entries = device_word(frames, writable | np.uint64(DEVICE_VALID))
-            if not done.all():
+            if not all_of(done):
                 words = self.entries(start, stop)
                 words[done] = entries
                 entries = words
@@ -398,16 +398,16 @@ class Dmirror(Driver):
             pfns, mine = yield from make_device_exclusive_range(machine, self.mm, start, stop, 0)
         except KernelError:
             raise busy from None
-        if pfns.size == stop - start and mine.any():  # habit: all fetched, or none is mapped
+        if pfns.size == stop - start and any_of(mine):  # habit: all fetched, or none is mapped
             yield from machine.down_write(self.lock)
             words = self.entries(start, stop)
             words[mine] = device_word(pfns[mine], DEVICE_VALID | DEVICE_ATOMIC)
             self.store_entries(start, words)
             machine.up_write(self.lock)
-        if mine.any():
+        if any_of(mine):
             set_flags(machine, pfns[mine], off=PG_LOCKED)
         put_page(machine, pfns)
-        if not mine.all() or pfns.size < stop - start:
+        if not all_of(mine) or pfns.size < stop - start:
             raise busy
         yield machine.step(f"{self.name} has {{range}} to itself.", self.mm, start, stop)
 
@@ -427,7 +427,7 @@ class Dmirror(Driver):
             start,
             stop,
         )
-        if atomic.any():
+        if any_of(atomic):
             at = start + int(np.argmax(atomic))
             raise KernelError(
                 _EPERM, f"{self.machine.names.place(self.mm, at, at + 1)} is exclusive"

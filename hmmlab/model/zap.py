@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from hmmlab.model.alike import part_of, rows_where, some
+from hmmlab.model.alike import all_of, any_of, part_of, rows_where, some
 from hmmlab.model.entry import (
     DIRTY,
     SPECIAL,
@@ -111,19 +111,19 @@ def _zap(
     machine.write("pte", rows, 0)
     dirty = some(named, normal & ((marks & np.uint64(DIRTY)) != 0))
     cached = page_mapping(machine, dirty, pfn_to_page(machine, dirty))
-    if cached.any():
+    if any_of(cached):
         set_flags(machine, unique_rows(some(dirty, cached)), PG_DIRTY)
     page_remove_rmap(machine, some(named, normal | private), huge=huge)
-    if present.any():
+    if any_of(present):
         tlb.remove_pages(some(named, normal), huge=huge)
-    if private.any():
+    if any_of(private):
         put_page(machine, some(named, private))
-    if not present.all():
+    if not all_of(present):
         exclusive = ~present & is_device_exclusive(marks)
-        if exclusive.any():  # mapped nowhere, but held
+        if any_of(exclusive):  # mapped nowhere, but held
             put_page(machine, some(named, exclusive))
         swapped = is_swapped(marks)
-        if swapped.any():
+        if any_of(swapped):
             free_swap_and_cache(machine, swap_offset(some(words, swapped)))
     first, last = first_and_last(used)
     yield machine.step("{range}: no longer mapped.", vma.mm, start + first, start + last + 1)
