@@ -67,7 +67,7 @@ def test_a_malformed_scenario_runs_nothing(scenario, capsys, line, expected):
 
 
 def test_an_operation_to_come_keeps_the_answers_so_far(scenario, capsys, monkeypatch):
-    monkeypatch.delattr("hmmlab.session.Session._ksm")
+    monkeypatch.delattr("hmmlab.operations.Execution._ksm")
     path = scenario("open d0 0", "mmap A 4 rw private", "ksm A 0 1", "load A 0 1")
     assert main(["run", path]) == 3
     out, err = capsys.readouterr()

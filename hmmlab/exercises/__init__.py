@@ -18,12 +18,13 @@ from hmmlab.exercises.device_memory import FreeAndFault, Place
 from hmmlab.exercises.events import AnswerAtOnce, Ignorable
 from hmmlab.exercises.look import FaultLoop, RequestFlags
 from hmmlab.exercises.migrate import CountTheCopies, LeftBehind, ThreeGates, WhoGoes
-from hmmlab.exercises.mirror import FourPages, Invalidate, MustRetry, OrderOfCalls, WhoIsTold
+from hmmlab.exercises.mirror import Invalidate, MustRetry
 from hmmlab.exercises.rules import Exercise, Verdict
 from hmmlab.exercises.share import BytesThatMove, Permission, Repoint, WhatTheDeviceKnows
 from hmmlab.exercises.snapshots import FewestFaults, SnapshotBytes
 from hmmlab.exercises.tape import Intervals, RaiseEvents, ReadTheTape
-from hmmlab.exercises.tour import FramesAndCalls, WhereTheyAre
+from hmmlab.exercises.told import OrderOfCalls, WhoIsTold
+from hmmlab.exercises.tour import FourPages, FramesAndCalls, WhereTheyAre
 from hmmlab.exercises.turns import LostUpdate
 
 __all__ = ["EXERCISES", "Desk", "Exercise", "Verdict", "exercise"]

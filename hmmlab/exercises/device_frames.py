@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from hmmlab.exercises.kinds import Story
 from hmmlab.exercises.rules import Exercise, Trial
 from hmmlab.model.entry import (
     SWP_DEVICE_WRITE,
@@ -101,7 +102,7 @@ def _shown(read: tuple[int, bool] | None) -> str:
     return "None" if read is None else f"({read[0]:#x}, {read[1]})"
 
 
-class HomeOrder(Exercise):
+class HomeOrder(Story):
     """Predict in which order the pages come home when the device is closed.
 
     `close` empties the device's memory from its lowest frame to its highest. Which page has which
@@ -133,12 +134,9 @@ class HomeOrder(Exercise):
         device.to_dev(pages[5:7])
         return pages
 
-    def question(self) -> str:
-        """What is asked, with the operations of this seed's story."""
-        trial = self.trial()
-        self.story(trial)
-        told = [f"  {operation.text}" for operation in trial.trace.operations]
-        return "\n".join([super().question(), "", *told, "  close d0"])
+    def last_lines(self, told: Pages) -> list[str]:
+        """The operation that is asked about."""
+        return ["  close d0"]
 
     def solution(self) -> str:
         """The order that the model comes to."""

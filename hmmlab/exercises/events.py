@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from hmmlab.exercises.promise import first_break
 from hmmlab.exercises.rules import Exercise, Trial
+from hmmlab.invariants.promise import first_break
 from hmmlab.model.driver import Driver
 from hmmlab.model.entry import DEVICE_ATOMIC
 from hmmlab.model.machine import KernelError

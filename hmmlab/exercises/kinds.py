@@ -5,14 +5,33 @@ from __future__ import annotations
 from abc import abstractmethod
 from typing import Any, ClassVar
 
-from hmmlab.exercises.promise import device_letters
 from hmmlab.exercises.rules import Exercise, Trial
+from hmmlab.invariants.promise import device_letters
 from hmmlab.model.region import Pages
 
-__all__ = ["PredictNumbers", "PredictStates"]
+__all__ = ["PredictNumbers", "PredictStates", "Story"]
 
 
-class PredictStates(Exercise):
+class Story(Exercise):
+    """A question that ends with the operations of this seed's story."""
+
+    @abstractmethod
+    def story(self, trial: Trial) -> Any:
+        """Run the story. Returns what the other methods want to know of it."""
+
+    def last_lines(self, told: Any) -> list[str]:
+        """What stands below the story, which has returned ``told``."""
+        return []
+
+    def question(self) -> str:
+        """What is asked, with the operations of this seed's story."""
+        trial = self.trial()
+        told = self.story(trial)
+        lines = [f"  {operation.text}" for operation in trial.trace.operations]
+        return "\n".join([super().question(), "", *lines, *self.last_lines(told)])
+
+
+class PredictStates(Story):
     """Say what a device's table holds after a story: one letter a page.
 
     The learner sees the story; the answer comes from the model.
@@ -26,12 +45,9 @@ class PredictStates(Exercise):
     def story(self, trial: Trial) -> Pages:
         """Run the story. Returns the pages that are asked about."""
 
-    def question(self) -> str:
-        """What is asked, with the operations of this seed's story."""
-        trial = self.trial()
-        where = self.story(trial)
-        told = [f"  {operation.text}" for operation in trial.trace.operations]
-        return "\n".join([super().question(), "", *told, "", f"{len(where)} letters."])
+    def last_lines(self, told: Pages) -> list[str]:
+        """How many letters there are."""
+        return ["", f"{len(told)} letters."]
 
     def solution(self) -> str:
         """The letters that the model comes to."""

@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from hmmlab.exercises.promise import broken_promise, first_break
 from hmmlab.exercises.races import interrupt, locked_out
 from hmmlab.exercises.rules import Exercise, Trial, Wrong
 from hmmlab.exercises.snapshots import look_up
 from hmmlab.exercises.turns import discard_and_read
+from hmmlab.invariants.promise import broken_promise, first_break
 from hmmlab.model.driver import Driver
 from hmmlab.model.entry import HMM_PFN_VALID, HMM_PFN_WRITE
 from hmmlab.model.machine import KernelError

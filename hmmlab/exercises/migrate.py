@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from hmmlab.exercises.kinds import PredictNumbers
-from hmmlab.exercises.promise import device_letters
+from hmmlab.exercises.kinds import PredictNumbers, Story
 from hmmlab.exercises.rules import Exercise, Trial
+from hmmlab.invariants.promise import device_letters
 from hmmlab.migrations import Fate, Migration, migrations
 from hmmlab.model.machine import KernelError
 from hmmlab.model.mm_types import VM_READ, vma_lookup
@@ -176,7 +176,7 @@ _DEEDS: tuple[Callable[[Process, Pages], Any], ...] = (
 )
 
 
-class WhoGoes(Exercise):
+class WhoGoes(Story):
     """Predict what becomes of each page, one letter a page.
 
     `m` it moves with its data, `f` it is empty and a new frame fills it, `s` it stays as it is.
@@ -210,13 +210,10 @@ class WhoGoes(Exercise):
             _DEEDS[deed](process, pages[page])
         return pages, device
 
-    def question(self) -> str:
-        """What is asked, with the operations of this seed's story."""
-        trial = self.trial()
-        pages, device = self.story(trial)
-        told = [f"  {operation.text}" for operation in trial.trace.operations]
-        told.append(f"  {device.say('to_dev', pages)}")
-        return "\n".join([super().question(), "", *told, "", f"{len(pages)} letters."])
+    def last_lines(self, told: tuple[Pages, Dmirror]) -> list[str]:
+        """The operation that is asked about, and how many letters there are."""
+        pages, device = told
+        return [f"  {device.say('to_dev', pages)}", "", f"{len(pages)} letters."]
 
     def solution(self) -> str:
         """The letters that the model comes to."""

@@ -1,4 +1,4 @@
-"""An operation of a learner's driver, and something that happens in the middle of it."""
+"""Those who listen to a trial, and what happens in the middle of a driver's operation."""
 
 from __future__ import annotations
 
@@ -7,13 +7,27 @@ from typing import Any
 
 from hmmlab.exercises.rules import Trial
 from hmmlab.model.driver import Driver
-from hmmlab.model.machine import Steps
+from hmmlab.model.machine import Machine, Steps
+from hmmlab.model.mmu_notifier import MmuNotifierRange, mmu_interval_set_seq
 from hmmlab.model.state import Rows
 
-__all__ = ["LockWatch", "interrupt", "locked_out"]
+__all__ = ["LockWatch", "Subscriber", "WriteWatch", "interrupt", "locked_out"]
 
 
-class LockWatch:
+class WriteWatch:
+    """An observer that hears of writes alone; what it does with one, ``wrote`` says."""
+
+    def began(self, number: int, text: str, actor: str) -> None:
+        """Nothing to note."""
+
+    def ended(self, number: int, result: Any) -> None:
+        """Nothing to note."""
+
+    def stepped(self, number: int, step: Any) -> None:
+        """Nothing to note."""
+
+
+class LockWatch(WriteWatch):
     """An observer that notes writes to a column while a driver's lock is not held.
 
     Attributes
@@ -27,19 +41,24 @@ class LockWatch:
         self.unlocked: list[int] = []
         trial.machine.attach(self)
 
-    def began(self, number: int, text: str, actor: str) -> None:
-        """Nothing to note."""
-
-    def ended(self, number: int, result: Any) -> None:
-        """Nothing to note."""
-
-    def stepped(self, number: int, step: Any) -> None:
-        """Nothing to note."""
-
     def wrote(self, column: str, rows: Rows, old: Any, new: Any) -> None:
         """Note it where nobody holds the lock."""
         if column == self.column and not any(self.trial.machine.holders(self.driver.lock)):
             self.unlocked.append(len(self.trial.trace))
+
+
+class Subscriber:
+    """Notes the number, as every driver must, so that look-ups see a change; it has no table."""
+
+    takes_series = False
+
+    def __init__(self, machine: Machine) -> None:
+        self.machine = machine
+
+    def invalidate(self, subscription: int, range: MmuNotifierRange, cur_seq: int) -> bool:
+        """Note the number."""
+        mmu_interval_set_seq(self.machine, subscription, cur_seq)
+        return True
 
 
 def interrupt(trial: Trial, steps: Steps, after: int, meanwhile: Callable[[], Any]) -> Any:

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from hmmlab.exercises.kinds import Story
 from hmmlab.exercises.rules import Exercise, Trial
 from hmmlab.model.driver import Driver
 from hmmlab.model.entry import HMM_PFN_REQ_FAULT, HMM_PFN_VALID, Words
@@ -81,7 +82,7 @@ def handled_pages(trial: Trial, since: int = 0) -> NDArray[np.int64]:
     return np.concatenate([np.zeros(0, np.int64), *calls])
 
 
-class SnapshotBytes(Exercise):
+class SnapshotBytes(Story):
     """Predict the bytes of the last snapshot, two hex digits a page.
 
     `00` nothing there, `01` may be read, `02` may be written, `11` the zero page, `22` a page on
@@ -98,7 +99,8 @@ class SnapshotBytes(Exercise):
         "or the device. `mprotect` and `munmap` come last, and decide.",
     )
 
-    def _story(self, trial: Trial) -> Pages:
+    def story(self, trial: Trial) -> Pages:
+        """Eight pages, each in a state of its own, on places that are drawn."""
         process, rng = trial.process, trial.rng
         at = rng.permutation(8).tolist()
         pages = process.mmap(8)
@@ -115,17 +117,14 @@ class SnapshotBytes(Exercise):
         process.munmap(pages[gone])
         return pages
 
-    def question(self) -> str:
-        """What is asked, with the operations of this seed's story."""
-        trial = self.trial()
-        self._story(trial)
-        told = [f"  {operation.text}" for operation in trial.trace.operations]
-        return "\n".join([super().question(), "", *told, "  snapshot d0 A 0 8"])
+    def last_lines(self, told: Pages) -> list[str]:
+        """The operation that is asked about."""
+        return ["  snapshot d0 A 0 8"]
 
     def solution(self) -> str:
         """The bytes that the model's test device gives."""
         trial = self.trial()
-        return f'{self.answer} = "{self._bytes(trial, self._story(trial)).tobytes().hex(" ")}"'
+        return f'{self.answer} = "{self._bytes(trial, self.story(trial)).tobytes().hex(" ")}"'
 
     @staticmethod
     def _bytes(trial: Trial, pages: Pages) -> NDArray[np.uint8]:
@@ -135,7 +134,7 @@ class SnapshotBytes(Exercise):
 
     def rule(self, answer: Any, trial: Trial) -> None:
         """Every byte is the test device's; a wrong one shows the step that made the page so."""
-        pages = self._story(trial)
+        pages = self.story(trial)
         end = len(trial.trace)
         truth = self._bytes(trial, pages).tolist()
         try:

@@ -7,14 +7,13 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from hmmlab.exercises.races import Subscriber
 from hmmlab.exercises.rules import Exercise, Trial, Wrong
-from hmmlab.model.machine import Machine
 from hmmlab.model.mmu_notifier import (
     MmuNotifierRange,
     mmu_interval_notifier_insert,
     mmu_interval_read_begin,
     mmu_interval_read_retry,
-    mmu_interval_set_seq,
 )
 from hmmlab.model.region import Pages
 from hmmlab.model.trace import Trace
@@ -217,19 +216,6 @@ class ReadTheTape(Exercise):
 # --- intervals ------------------------------------------------------------------------------------
 
 
-class _Notes:
-    """A subscriber that keeps no table: it notes the number, so that look-ups see the change."""
-
-    takes_series = True
-
-    def __init__(self, machine: Machine) -> None:
-        self.machine = machine
-
-    def invalidate(self, subscription: int, range: MmuNotifierRange, cur_seq: int) -> bool:
-        mmu_interval_set_seq(self.machine, subscription, cur_seq)
-        return True
-
-
 class Intervals(Exercise):
     """Choose at most two intervals, so that as few look-ups as possible are retried for nothing.
 
@@ -300,7 +286,7 @@ class Intervals(Exercise):
             (first, stop): process.run(
                 f"subscribe to pages {first} to {stop - 1}",
                 mmu_interval_notifier_insert(
-                    machine, process.mm, a.start + first, a.start + stop, _Notes(machine)
+                    machine, process.mm, a.start + first, a.start + stop, Subscriber(machine)
                 ),
             )
             for first, stop in intervals

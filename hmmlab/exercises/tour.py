@@ -2,29 +2,22 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
-
-from hmmlab.exercises.kinds import PredictNumbers
+from hmmlab.exercises.kinds import PredictNumbers, PredictStates, Story
 from hmmlab.exercises.rules import Trial
+from hmmlab.model.driver import Driver
 from hmmlab.model.mmu_notifier import MmuNotifierRange
 from hmmlab.model.page import free_ram
+from hmmlab.model.region import Pages
 
-__all__ = ["FramesAndCalls", "WhereTheyAre"]
+__all__ = ["FourPages", "FramesAndCalls", "WhereTheyAre"]
 
 
-class _Told(PredictNumbers):
+class _Told(Story, PredictNumbers):
     """Numbers of a story whose operations the learner sees."""
 
-    def question(self) -> str:
-        """What is asked, with the operations of this seed's story."""
-        trial = self.trial()
-        self.count(trial)
-        told = [f"  {operation.text}" for operation in trial.trace.operations]
-        return "\n".join([super().question(), "", *told])
-
-    @abstractmethod
-    def count(self, trial: Trial) -> dict[str, tuple[int, int, str]]:
-        """As in :class:`PredictNumbers`."""
+    def story(self, trial: Trial) -> dict[str, tuple[int, int, str]]:
+        """Whoever counts tells the story."""
+        return self.count(trial)
 
 
 class FramesAndCalls(_Told):
@@ -67,6 +60,33 @@ class FramesAndCalls(_Told):
                 "`madvise` and `mprotect` take something away; nothing else here does.",
             ),
         }
+
+
+class FourPages(PredictStates):
+    """Predict what the device's table holds at the end, one letter a page.
+
+    `w` read-write, `r` read-only, `.` no entry. The driver forgets what it is told of, and no more.
+    """
+
+    hints = (
+        "Go through it page by page: what did the device get, and what was taken from it since?",
+        "`mprotect` and `madvise dontneed` both make it forget. Only its own read fetches again.",
+        "What it fetches again has the rights that the process has by then.",
+    )
+
+    def story(self, trial: Trial) -> Pages:
+        """The device reads four pages; one is protected, one discarded, and one is read again."""
+        process = trial.process
+        pages = process.mmap(4)
+        process.store(pages, 7)
+        device = trial.attach(Driver)
+        device.read(pages)
+        first, second, third = trial.rng.permutation(4)[:3].tolist()
+        process.mprotect(pages[first], "r")
+        process.madvise(pages[second], "dontneed")
+        process.mprotect(pages[third], "r")
+        device.read(pages[first])
+        return pages
 
 
 class WhereTheyAre(_Told):

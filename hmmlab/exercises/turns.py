@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from hmmlab.exercises.promise import broken_promise
 from hmmlab.exercises.rules import Exercise, Trial, Wrong
+from hmmlab.invariants.promise import broken_promise
 from hmmlab.model.driver import Driver
 from hmmlab.model.hmm import HmmRange
 from hmmlab.model.machine import Machine, Routine, Steps

@@ -11,7 +11,9 @@ from numpy.typing import NDArray
 
 from hmmlab.model.entry import (
     HUGE,
+    RW,
     SPECIAL,
+    SWP_DEVICE_WRITE,
     Bools,
     Pfns,
     Words,
@@ -20,13 +22,22 @@ from hmmlab.model.entry import (
     is_swap_type,
     pfn_of,
     swap_offset_pfn,
+    swap_type,
 )
 from hmmlab.model.geometry import ENTRIES, LEVEL_PAGES, LEVELS, PAGE_SHIFT
 from hmmlab.model.mm_types import mm_root
 from hmmlab.model.page import PHYSICAL_PAGES, page_rows
 from hmmlab.model.state import State
 
-__all__ = ["MANY", "Look", "device_pfns", "frames_named", "maps_frame"]
+__all__ = [
+    "MANY",
+    "Look",
+    "data_frames",
+    "device_pfns",
+    "frames_named",
+    "maps_frame",
+    "may_write",
+]
 
 
 #: How many violations of one kind are told.
@@ -110,6 +121,20 @@ def maps_frame(words: Words) -> Bools:
 def frames_named(words: Words) -> Pfns:
     """Frames that words name, where they do."""
     return np.where(is_present(words), pfn_of(words), swap_offset_pfn(words))
+
+
+def data_frames(state: State, words: Words) -> Pfns:
+    """Frames that hold the data of pages: those that words name, or those behind device frames."""
+    frames = frames_named(words)
+    private = is_swap_type(words) & is_device_private(words)
+    rows = page_rows(state, np.where(private, frames, 0))
+    return np.where(private, state["page.private"][rows], frames)
+
+
+def may_write(words: Words) -> Bools:
+    """Whether words allow a write, to whoever has the data."""
+    private = is_swap_type(words) & is_device_private(words)
+    return np.where(private, swap_type(words) == SWP_DEVICE_WRITE, (words & RW) != 0)
 
 
 def device_pfns(state: State, rows: NDArray[np.int64]) -> Pfns:

@@ -6,21 +6,15 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from hmmlab.invariants.look import MANY, Look
+from hmmlab.invariants.look import MANY, Look, data_frames, frames_named, may_write
 from hmmlab.model.entry import (
     DEVICE_VALID,
     DEVICE_WRITE,
-    RW,
-    SWP_DEVICE_WRITE,
     Bools,
     Words,
     device_pfn,
-    is_device_private,
     is_migration,
     is_swap_type,
-    pfn_of,
-    swap_offset_pfn,
-    swap_type,
 )
 from hmmlab.model.mm_types import mm_is_alive
 from hmmlab.model.page import PG_LOCKED, page_rows
@@ -73,15 +67,11 @@ def mirrors(look: Look) -> Iterator[str]:
 
 def _stale(state: State, words: Words, cpu: Words) -> Bools:
     """Which device entries name another frame than the CPU's words, or may write where they not."""
-    swap = is_swap_type(cpu)
-    private = swap & is_device_private(cpu)
-    frames = np.where(swap, swap_offset_pfn(cpu), pfn_of(cpu))
-    backing = state["page.private"][page_rows(state, np.where(private, frames, 0))]
-    data = np.where(private, backing, frames)
     valid = (words & np.uint64(DEVICE_VALID)) != 0
-    writable = np.where(private, swap_type(cpu) == SWP_DEVICE_WRITE, (cpu & RW) != 0)
-    beyond = ((words & np.uint64(DEVICE_WRITE)) != 0) & ~writable
+    beyond = ((words & np.uint64(DEVICE_WRITE)) != 0) & ~may_write(cpu)
     # A device does not hear of its own migration, and looks again before the page is unlocked.
-    locked = (state["page.flags"][page_rows(state, np.where(cpu == 0, 0, frames))] & PG_LOCKED) != 0
-    moving = (swap & is_migration(cpu)) | locked
-    return valid & ~moving & ((cpu == 0) | (data != device_pfn(words)) | beyond)
+    rows = page_rows(state, np.where(cpu == 0, 0, frames_named(cpu)))
+    locked = (state["page.flags"][rows] & PG_LOCKED) != 0
+    moving = (is_swap_type(cpu) & is_migration(cpu)) | locked
+    stale = (cpu == 0) | (data_frames(state, cpu) != device_pfn(words))
+    return valid & ~moving & (stale | beyond)

@@ -377,7 +377,7 @@ def _lacking(asked: Words, cpu_flags: Words) -> Bools:
     writes = (asked & HMM_PFN_REQ_WRITE) != 0
     lacking: Bools = (cpu_flags & HMM_PFN_VALID) == 0
     if any_of(writes):
-        lacking |= writes & ((cpu_flags & HMM_PFN_WRITE) == 0)
+        lacking = lacking | (writes & ((cpu_flags & HMM_PFN_WRITE) == 0))
     return lacking & ((asked & HMM_PFN_REQ_FAULT) != 0)
 
 

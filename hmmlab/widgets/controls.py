@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import errno
-import html
 import os
 import signal
 from collections.abc import Callable
+from functools import partial
 from string import ascii_uppercase
 from typing import Any, Protocol
 
@@ -15,6 +15,7 @@ import ipywidgets
 from hmmlab.model.state import State
 from hmmlab.model.trace import Trace
 from hmmlab.widgets import reading
+from hmmlab.widgets.parts import push_button, said
 from hmmlab.widgets.playhead import Playhead
 
 __all__ = ["Controls", "Session", "outcome"]
@@ -89,7 +90,7 @@ class Controls(ipywidgets.VBox):
         self.kind = _choice("Kind", ["private", "shared"], "122px")
         self.device = _choice("Device", [], "100px")
         self.buttons = {
-            line: _button(text, tooltip, line, self._press)
+            line: push_button(text, tooltip, partial(self._press, line))
             for line, (text, tooltip) in _COMMANDS.items()
         }
         self.line = ipywidgets.Text(
@@ -98,11 +99,11 @@ class Controls(ipywidgets.VBox):
         self.line.style.description_width = "initial"
         self.line.layout.flex = "1 1 240px"
         self.line.layout.width = "auto"
-        self.run = _button("Run", "Run the line", "", lambda _: self.do(self.line.value))
+        self.run = push_button("Run", "Run the line", lambda: self.do(self.line.value))
         self.watch = ipywidgets.Checkbox(description="play its steps", indent=False, value=False)
         self.watch.layout.width = "auto"
         self.watch.disabled = play is None
-        self.answer = ipywidgets.HTML(_status("Choose what to do; the line it runs appears here."))
+        self.answer = ipywidgets.HTML(said("Choose what to do; the line it runs appears here."))
         self.line.on_msg(self._submitted)
 
         row = ipywidgets.Layout(flex_flow="row wrap", align_items="center", grid_gap="2px 6px")
@@ -149,11 +150,11 @@ class Controls(ipywidgets.VBox):
         try:
             answer = self.session.do(line)
         except ValueError as error:  # what was expected instead, or what the model lacks
-            self.answer.value = _status(f"{line}: {error}", bad=True)
+            self.answer.value = said(f"{line}: {error}", bad=True)
             return
         self.playhead.refresh()  # the session puts its answer into the trace after the last step
         text, bad = outcome(answer)
-        self.answer.value = _status(text, bad)
+        self.answer.value = said(text, bad)
         if self.watch.value and self._play and self.playhead.length > before + 1:
             self._play(before + 1)
 
@@ -229,10 +230,6 @@ def _short(values: list[Any], most: int = 16) -> str:
     return shown if len(values) <= most else f"{shown}, and {len(values) - most} more"
 
 
-def _status(text: str, bad: bool = False) -> str:
-    return f'<p role="status" class="hmm-answer{" hmm-bad" if bad else ""}">{html.escape(text)}</p>'
-
-
 def _caption(text: str) -> ipywidgets.Label:
     label = ipywidgets.Label(text)
     label.layout.width = "auto"
@@ -264,10 +261,3 @@ def _number(description: str, value: int, least: int) -> ipywidgets.BoundedIntTe
     number.style.description_width = "initial"
     number.layout.width = "104px"
     return number
-
-
-def _button(text: str, tooltip: str, line: str, action: Callable[[str], None]) -> Any:
-    button = ipywidgets.Button(description=text, tooltip=tooltip)
-    button.layout.width = "auto"
-    button.on_click(lambda _: action(line))
-    return button

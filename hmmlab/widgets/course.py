@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -16,6 +16,8 @@ from hmmlab.exercises import EXERCISES
 from hmmlab.exercises.progress import Progress
 from hmmlab.exercises.rules import Kind
 from hmmlab.widgets.page_table_grid import front
+from hmmlab.widgets.parts import push_button
+from hmmlab.widgets.state_line import StateLine
 
 __all__ = ["Course", "Lesson", "lessons"]
 
@@ -71,7 +73,7 @@ def _said(pattern: str, text: str) -> str:
     return re.sub("[*`]", "", linked)
 
 
-class Course(ipywidgets.VBox):
+class Course(StateLine, ipywidgets.VBox):
     """The notebooks of a folder with links, and the learner's progress.
 
     A notebook that was saved, and not run yet, shows the same table without the progress.
@@ -87,24 +89,23 @@ class Course(ipywidgets.VBox):
         # Rich output, since there the lab itself opens what a link names.
         self.table = ipywidgets.Output()
         self.line = ipywidgets.HTML()
-        self.again = _button("Start again ...", "Forget which exercises are solved", self._ask)
-        self.yes = _button("Yes, forget all", "This cannot be undone", self._start_again)
-        self.no = _button("No, keep it", "Nothing is lost", self._refresh)
-        self.refresh = _button("Refresh", "Look again what is solved", self._refresh)
+        self.again = push_button("Start again ...", "Forget which exercises are solved", self._ask)
+        self.yes = push_button("Yes, forget all", "This cannot be undone", self._start_again)
+        self.no = push_button("No, keep it", "Nothing is lost", self._refresh)
+        self.refresh = push_button("Refresh", "Look again what is solved", self._refresh)
         self.sure = ipywidgets.Label("Forget which exercises you have solved?")
         row = ipywidgets.Layout(flex_flow="row wrap", align_items="center", grid_gap="2px 8px")
         self.buttons = ipywidgets.HBox(layout=row)
         super().__init__([self.line, self.table, self.buttons])
         self._refresh()
 
-    def __repr__(self) -> str:
-        return f"Course({len(self.lessons)} notebooks, {len(self.exercises)} exercises)"
+    def _line(self) -> str:
+        return f"{len(self.lessons)} notebooks, {len(self.exercises)} exercises"
 
-    def _repr_mimebundle_(self, **kwargs: Any) -> dict[str, Any]:
+    def _repr_mimebundle_(self, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         """Show the widget; where there is none yet, the table as on the first day."""
-        fresh = _table(self.lessons, {})
-        shown = super()._repr_mimebundle_(**kwargs)
-        return {**shown, "text/plain": repr(self), "text/html": fresh}
+        bundle, metadata = super()._repr_mimebundle_(**kwargs)
+        return {**bundle, "text/html": _table(self.lessons, {})}, metadata
 
     @property
     def exercises(self) -> list[str]:
@@ -167,10 +168,3 @@ def _exercise(name: str, kind: Kind) -> str:
         f'<span role="listitem" class="hmm-exercise hmm-{css}" title="{words}">'
         f'<b role="img" aria-label="{words}:">{mark}</b> {escape(name.replace("_", " "))}</span>'
     )
-
-
-def _button(text: str, tooltip: str, action: Callable[[], None]) -> Any:
-    button = ipywidgets.Button(description=text, tooltip=tooltip)
-    button.layout.width = "auto"
-    button.on_click(lambda _: action())
-    return button

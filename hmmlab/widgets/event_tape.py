@@ -20,6 +20,7 @@ from hmmlab.model.state import State
 from hmmlab.model.trace import Trace
 from hmmlab.widgets.page_table_grid import front
 from hmmlab.widgets.playhead import Playhead
+from hmmlab.widgets.state_line import PlayheadLine
 
 __all__ = ["EVENT_KINDS", "EventKind", "EventTape"]
 
@@ -64,7 +65,7 @@ EVENT_KINDS = (
 Row = tuple[int, int, int, str, list[float], str, str, str]
 
 
-class EventTape(anywidget.AnyWidget):
+class EventTape(PlayheadLine, anywidget.AnyWidget):
     """The notifier events of a trace in order, with the last one before the playhead marked.
 
     Parameters
@@ -83,7 +84,7 @@ class EventTape(anywidget.AnyWidget):
         that are shown; 0 before the first.
     """
 
-    _esm = front("tape.js")
+    _esm = front("make.js", "listbox.js", "tape.js")
     _css = front("style.css")
 
     kinds: List[Any] = List().tag(sync=True)
@@ -105,16 +106,6 @@ class EventTape(anywidget.AnyWidget):
         playhead.observe(self._follow, ["position", "length"])
         self.observe(self._follow, "shown")
         self.on_msg(self._asked)
-
-    def __repr__(self) -> str:
-        return f"EventTape({self._line()})"
-
-    def _repr_mimebundle_(self, **kwargs: Any) -> Any:
-        """Show the widget, and as text the whole state line."""
-        shown = super()._repr_mimebundle_(**kwargs)
-        assert shown is not None  # a widget without a view has none
-        bundle, metadata = shown
-        return {**bundle, "text/plain": repr(self)}, metadata
 
     def go(self, event: int) -> None:
         """Move the playhead to where an event has just been told, by its number from 1.

@@ -7,7 +7,6 @@ that maps it, its counts, or its place in the driver's free list.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import anywidget
@@ -23,6 +22,7 @@ from hmmlab.widgets.page_table_grid import front
 from hmmlab.widgets.palette import CPU_STATES
 from hmmlab.widgets.physical import Chunk, Frame, chunks, frames_of, free_list, ram_in_use
 from hmmlab.widgets.playhead import Page, Playhead
+from hmmlab.widgets.state_line import PlayheadLine
 from hmmlab.widgets.timeline import Timeline
 
 __all__ = ["WINDOW", "FrameGrid", "PhysicalMemory"]
@@ -48,7 +48,7 @@ class FrameGrid(anywidget.AnyWidget):
         Which :data:`WINDOW` of its frames, from the chunk's last downwards.
     """
 
-    _esm = front("paint.js", "memory.js")
+    _esm = front("make.js", "paint.js", "memory.js")
     _css = front("style.css")
 
     places = List(Dict()).tag(sync=True)
@@ -179,7 +179,7 @@ class FrameGrid(anywidget.AnyWidget):
         return f"{names.processes.get(mm, mm)} {where}" if several else where
 
 
-class PhysicalMemory(ipywidgets.VBox):
+class PhysicalMemory(PlayheadLine, ipywidgets.VBox):
     """Physical space from the top down, and the frames of device memory.
 
     Parameters
@@ -203,21 +203,6 @@ class PhysicalMemory(ipywidgets.VBox):
         self.playhead.observe(self._follow, ["position", "length"])
         self._follow()
 
-    def __repr__(self) -> str:
-        return f"PhysicalMemory({self._line()})"
-
-    def _repr_mimebundle_(self, **kwargs: Any) -> dict[str, Any]:
-        """Show the widget, and as text the whole state line, which ipywidgets would cut."""
-        return {**super()._repr_mimebundle_(**kwargs), "text/plain": repr(self)}
-
-    def tell(self, positions: Iterable[int]) -> None:
-        """Print the state line at each of some positions; the playhead stays where it is."""
-        here = self.playhead.position
-        for position in positions:
-            self.playhead.position = position
-            print(self)
-        self.playhead.position = here
-
     def show_unit(self, unit: int) -> None:
         """Show the frames of a unit's first chunk.
 
@@ -233,8 +218,7 @@ class PhysicalMemory(ipywidgets.VBox):
 
     def _line(self) -> str:
         """Say the state in a line: who has which frame, and which frame comes next."""
-        playhead, shown = self.playhead, self.grid.shown
-        line = f"step {playhead.position} of {playhead.length}: "
+        shown, line = self.grid.shown, f"{self._step()}: "
         if shown is None:
             return line + "no device memory"
         holders = [cell["holder"] for cell in self.grid.cells[: self._reach()]]
@@ -245,7 +229,7 @@ class PhysicalMemory(ipywidgets.VBox):
         line += f"from {top:#x} down {told}{more}" if holders else f"no frame in use{more}"
         if shown.unit < 0:
             return line
-        following = free_list(playhead.replay.state, shown.unit, 1)
+        following = free_list(self.playhead.replay.state, shown.unit, 1)
         return f"{line}; next {following[0]:#x}" if following.size else line
 
     def _reach(self) -> int:

@@ -7,7 +7,7 @@ from typing import Any
 
 import ipywidgets
 
-from hmmlab.widgets import reading
+from hmmlab.widgets.one_page import Section, inspect
 from hmmlab.widgets.playhead import Page, Playhead
 
 __all__ = ["Inspector"]
@@ -52,12 +52,12 @@ class Inspector(ipywidgets.HTML):
             return
         mm, vpn = page
         file, _ = self.playhead.device_of(mm)
-        sections = reading.inspect(self.playhead.replay.state, mm, vpn, file)
+        sections = inspect(self.playhead.replay.state, mm, vpn, file)
         parts = "".join(_section(section) for section in sections)
         self.value = f"<h3>{escape(self._page())}</h3><div>{parts}</div>"
 
 
-def _section(section: reading.Section) -> str:
+def _section(section: Section) -> str:
     rows = "".join(
         f'<tr><th scope="row">{escape(str(label))}</th>'
         + (

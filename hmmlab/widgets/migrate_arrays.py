@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from html import escape
 from typing import Any
 
@@ -20,7 +19,9 @@ from hmmlab.model.trace import Trace
 from hmmlab.widgets import reading
 from hmmlab.widgets.page_table_grid import front
 from hmmlab.widgets.palette import CPU_STATES
+from hmmlab.widgets.parts import push_button
 from hmmlab.widgets.playhead import Playhead
+from hmmlab.widgets.state_line import PlayheadLine
 from hmmlab.widgets.timeline import Timeline
 
 __all__ = ["ArrayTable", "MigrateArrays"]
@@ -102,7 +103,7 @@ class ArrayTable(anywidget.AnyWidget):
         The selected page; a click on a page's name changes it.
     """
 
-    _esm = front("paint.js", "arrays.js")
+    _esm = front("make.js", "paint.js", "arrays.js")
     _css = front("style.css")
 
     band = Int(BAND).tag(sync=True)
@@ -115,7 +116,7 @@ class ArrayTable(anywidget.AnyWidget):
         return f"ArrayTable({len(self.pages)} pages)"
 
 
-class MigrateArrays(ipywidgets.VBox):
+class MigrateArrays(PlayheadLine, ipywidgets.VBox):
     """src and dst of the migration that the playhead is in or has come after, page by page.
 
     Parameters
@@ -148,21 +149,6 @@ class MigrateArrays(ipywidgets.VBox):
         self.playhead.observe(self._follow, ["position", "length", "selected"])
         self._follow()
 
-    def __repr__(self) -> str:
-        return f"MigrateArrays({self._line()})"
-
-    def tell(self, positions: Iterable[int]) -> None:
-        """Print the state line at each of some positions; the playhead stays where it is."""
-        here = self.playhead.position
-        for position in positions:
-            self.playhead.position = position
-            print(self)
-        self.playhead.position = here
-
-    def _repr_mimebundle_(self, **kwargs: Any) -> dict[str, Any]:
-        """Show the widget, and as text the whole state line, which ipywidgets would cut."""
-        return {**super()._repr_mimebundle_(**kwargs), "text/plain": repr(self)}
-
     # --- reading ----------------------------------------------------------------------------------
     @property
     def migration(self) -> Migration | None:
@@ -182,9 +168,8 @@ class MigrateArrays(ipywidgets.VBox):
         return self._read[1]
 
     def _line(self) -> str:
-        position = self.playhead.position
-        line = f"step {position} of {self.playhead.length}: "
-        migration = self.migration
+        position, migration = self.playhead.position, self.migration
+        line = f"{self._step()}: "
         if migration is None:
             return line + "no migration"
         line += f"{migration.phase(position)} {self._place(migration)}"
@@ -321,10 +306,7 @@ def _turn(phases: tuple[str, ...], buttons: list[ipywidgets.Button]) -> ipywidge
 
 def _button(phase: str, go: Any) -> ipywidgets.Button:
     who, text, _ = _PHASES[phase]
-    button = ipywidgets.Button(description=text, tooltip=f"To the end of this phase ({who})")
-    button.layout.width = "auto"
-    button.on_click(lambda _: go(phase))
-    return button
+    return push_button(text, f"To the end of this phase ({who})", lambda: go(phase))
 
 
 def _word(word: np.uint64, ram_pages: int, changed: bool) -> dict[str, Any]:

@@ -44,7 +44,7 @@ class PageTableGrid(anywidget.AnyWidget):
         The playhead to follow.
     """
 
-    _esm = front("store.js", "paint.js", "block.js", "map.js", "frames.js", "grid.js")
+    _esm = front("store.js", "make.js", "paint.js", "block.js", "map.js", "frames.js", "grid.js")
     _css = front("style.css")
 
     # Computed whenever the browser asks for the widget's state, so it is never out of date.

@@ -9,21 +9,20 @@ from typing import Any
 import ipywidgets
 from traitlets import Bunch, Unicode, validate
 
-from hmmlab.exercises.promise import broken_promise
+from hmmlab.invariants.promise import broken_promise
 from hmmlab.model.machine import KernelError
 from hmmlab.model.race import PATIENCE, Build, Judge, Orders, Race, Run, Turn
 from hmmlab.widgets.page_table_grid import PageTableGrid
 from hmmlab.widgets.palette import CPU_STATES, DEVICE_STATES
+from hmmlab.widgets.parts import TEXT, push_button, said
 from hmmlab.widgets.playhead import Playhead
+from hmmlab.widgets.state_line import StateLine
 from hmmlab.widgets.view import counts_in_words
 
 __all__ = ["RaceView"]
 
-#: Asks for a glyph as text: without it, browsers may draw the arrows as coloured pictures.
-_TEXT = "\N{VARIATION SELECTOR-15}"
 
-
-class RaceView(ipywidgets.VBox):
+class RaceView(StateLine, ipywidgets.VBox):
     """Operations that race: a lane each, a button each, and both page tables beneath.
 
     Parameters
@@ -50,12 +49,14 @@ class RaceView(ipywidgets.VBox):
         self.grid = PageTableGrid(self.playhead)
         self.lanes, self.status, self.verdict = (ipywidgets.HTML() for _ in range(3))
         self.buttons = {
-            name: _button(f"{name} ▶{_TEXT}", f"Let {name} take its next step", self._press(name))
+            name: push_button(
+                f"{name} ▶{TEXT}", f"Let {name} take its next step", self._press(name)
+            )
             for name in self.race.names
         }
-        self.back = _button(f"◀{_TEXT} Back", "One turn back", self.go_back)
-        self.restart = _button("Restart", "Before the first turn", self.go_to_start)
-        self.every = _button(
+        self.back = push_button(f"◀{TEXT} Back", "One turn back", self.go_back)
+        self.restart = push_button("Restart", "Before the first turn", self.go_to_start)
+        self.every = push_button(
             "Every order", "Try every order of turns, and go to the first that goes wrong",
             self.try_every_order,
         )  # fmt: skip
@@ -80,13 +81,6 @@ class RaceView(ipywidgets.VBox):
         self._show()
         self.observe(self._ordered, "order")
 
-    def __repr__(self) -> str:
-        return f"RaceView({self._line()})"
-
-    def _repr_mimebundle_(self, **kwargs: Any) -> dict[str, Any]:
-        """Show the widget, and as text the whole state line, which ipywidgets would cut."""
-        return {**super()._repr_mimebundle_(**kwargs), "text/plain": repr(self)}
-
     @property
     def wrong(self) -> str:
         """What is wrong now; "" when nothing is."""
@@ -94,11 +88,7 @@ class RaceView(ipywidgets.VBox):
 
     def tell(self, orders: Iterable[str]) -> None:
         """Print the state line after each of some orders; the race stays where it is."""
-        here = self.order
-        for order in orders:
-            self.order = order
-            print(self)
-        self.order = here
+        self._tell(self, "order", orders)
 
     # --- what the buttons do ----------------------------------------------------------------------
     def take(self, name: str) -> None:
@@ -118,15 +108,19 @@ class RaceView(ipywidgets.VBox):
         """Build again."""
         self.order = ""
 
+    def every_order(self) -> Orders:
+        """Try every order of turns, and show nothing of it."""
+        return self.race.every_order(self.judge)
+
     def try_every_order(self) -> Orders:
         """Try every order of turns, say what came of it, and go to the first that goes wrong."""
         self.every.disabled = True
-        self.verdict.value = _said("Trying every order of turns …")
+        self.verdict.value = said("Trying every order of turns …")
         try:
-            found = self.race.every_order(self.judge)
+            found = self.every_order()
         finally:
             self.every.disabled = False
-        self.verdict.value = _said(sum_up(found), bad=found.first is not None)
+        self.verdict.value = said(sum_up(found), bad=found.first is not None)
         if found.first is not None:
             self.order = found.first
         return found
@@ -159,7 +153,7 @@ class RaceView(ipywidgets.VBox):
         self.back.disabled = self.restart.disabled = not run.turns
         self.lanes.value = self._lanes()
         wrong = self.wrong
-        self.status.value = _said(wrong or aside or self._how_it_stands(), bool(wrong))
+        self.status.value = said(wrong or aside or self._how_it_stands(), bool(wrong))
         self.summary.value = self._line()
 
     def _how_it_stands(self) -> str:
@@ -223,14 +217,3 @@ def sum_up(found: Orders) -> str:
     if found.stuck and not found.endless:
         parts.append(f"in {found.stuck:,} all that are left wait for ever.")
     return " ".join([*parts, f"The first is shown: {found.why}"])
-
-
-def _said(text: str, bad: bool = False) -> str:
-    return f'<p role="status" class="hmm-answer{" hmm-bad" if bad else ""}">{html.escape(text)}</p>'
-
-
-def _button(text: str, tooltip: str, action: Any) -> ipywidgets.Button:
-    button = ipywidgets.Button(description=text, tooltip=tooltip)
-    button.layout.width = "auto"
-    button.on_click(lambda _: action())
-    return button

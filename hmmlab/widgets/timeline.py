@@ -11,6 +11,7 @@ from traitlets import Int, List, Unicode, link
 
 from hmmlab.model.trace import Event, Trace
 from hmmlab.widgets.page_table_grid import front
+from hmmlab.widgets.parts import TEXT, push_button
 from hmmlab.widgets.playhead import Playhead
 
 __all__ = ["StepList", "Timeline", "step_rows"]
@@ -23,9 +24,6 @@ SPEEDS = {"slow": 2000, "normal": 1000, "fast": 400, "very fast": 120}
 
 #: Where a step is that no function of the kernel takes: the CPU just executes the program.
 OUTSIDE = "(user space)"
-
-#: Asks for a glyph as text: without it, browsers may draw the arrows as coloured pictures.
-_TEXT = "\N{VARIATION SELECTOR-15}"
 
 Row = tuple[int, str, int, str]
 
@@ -41,11 +39,11 @@ class Timeline(ipywidgets.VBox):
 
     def __init__(self, playhead: Playhead) -> None:
         self.playhead = playhead
-        self.first = _button("First", "Go before the first step", self._to_first)
-        self.back = _button(f"◀{_TEXT} Step", "One step back", lambda: self._move(-1))
-        self.play = _button(f"▶{_TEXT} Play", "Play the steps one after another", self._toggle)
-        self.forward = _button(f"Step ▶{_TEXT}", "One step forward", lambda: self._move(1))
-        self.last = _button("Last", "Go after the last step", self._to_last)
+        self.first = push_button("First", "Go before the first step", self._to_first)
+        self.back = push_button(f"◀{TEXT} Step", "One step back", lambda: self._move(-1))
+        self.play = push_button(f"▶{TEXT} Play", "Play the steps one after another", self._toggle)
+        self.forward = push_button(f"Step ▶{TEXT}", "One step forward", lambda: self._move(1))
+        self.last = push_button("Last", "Go after the last step", self._to_last)
         # ipywidgets' Play keeps time in the browser; its own buttons need a font that a page
         # without JupyterLab asks the net for, so it stays out of sight.
         self.clock = ipywidgets.Play(
@@ -62,15 +60,15 @@ class Timeline(ipywidgets.VBox):
         self.speed = ipywidgets.Dropdown(options=SPEEDS, value=1000, description="Speed")
         self.speed.style.description_width = "initial"
         self.speed.layout.width = "150px"
-        self.operation_back = _button(
-            f"◀{_TEXT} Previous", "To the operation before", lambda: self._move_operation(-1)
+        self.operation_back = push_button(
+            f"◀{TEXT} Previous", "To the operation before", lambda: self._move_operation(-1)
         )
         self.operation = ipywidgets.Dropdown(description="Operation")
         self.operation.style.description_width = "initial"
         self.operation.layout.flex = "1 1 200px"
         self.operation.layout.width = "auto"
-        self.operation_forward = _button(
-            f"Next ▶{_TEXT}", "To the next operation", lambda: self._move_operation(1)
+        self.operation_forward = push_button(
+            f"Next ▶{TEXT}", "To the next operation", lambda: self._move_operation(1)
         )
         self.sentence = ipywidgets.HTML()
         self.sentence.add_class("hmm-sentence")
@@ -140,7 +138,7 @@ class Timeline(ipywidgets.VBox):
 
     def _played(self, change: Any) -> None:
         playing = change["new"]
-        self.play.description = f"‖{_TEXT} Pause" if playing else f"▶{_TEXT} Play"
+        self.play.description = f"‖{TEXT} Pause" if playing else f"▶{TEXT} Play"
         self.play.tooltip = "Stop playing" if playing else "Play the steps one after another"
 
     # --- following --------------------------------------------------------------------------------
@@ -189,7 +187,7 @@ class StepList(anywidget.AnyWidget):
         The playhead to follow; clicking a step moves it.
     """
 
-    _esm = front("steps.js")
+    _esm = front("make.js", "listbox.js", "steps.js")
     _css = front("style.css")
 
     rows: List[Row] = List().tag(sync=True)
@@ -261,10 +259,3 @@ def _rows_of(event: Event, position: int, trace: Trace) -> list[Row]:
     ]
     function = step.function or OUTSIDE
     return [*rows, (step.depth, function, position, trace.names.sentence(step))]
-
-
-def _button(text: str, tooltip: str, action: Any) -> ipywidgets.Button:
-    button = ipywidgets.Button(description=text, tooltip=tooltip)
-    button.layout.width = "auto"
-    button.on_click(lambda _: action())
-    return button

@@ -17,12 +17,13 @@ from hmmlab.widgets.inspector import Inspector
 from hmmlab.widgets.page_table_grid import PageTableGrid
 from hmmlab.widgets.palette import CPU_STATES, DEVICE_STATES, PageState
 from hmmlab.widgets.playhead import Playhead
+from hmmlab.widgets.state_line import PlayheadLine
 from hmmlab.widgets.timeline import StepList, Timeline
 
 __all__ = ["AddressSpaceView", "counts_in_words", "show"]
 
 
-class AddressSpaceView(ipywidgets.VBox):
+class AddressSpaceView(PlayheadLine, ipywidgets.VBox):
     """A process's page table and a device's, side by side, at any step of a trace.
 
     Make one with :func:`show`.
@@ -76,31 +77,15 @@ class AddressSpaceView(ipywidgets.VBox):
         playhead.observe(self._follow, ["position", "length", "device"])
         self._follow()
 
-    def __repr__(self) -> str:
-        return f"AddressSpaceView({self._line()})"
-
-    def tell(self, positions: Iterable[int]) -> None:
-        """Print the state line at each of some positions; the playhead stays where it is."""
-        here = self.playhead.position
-        for position in positions:
-            self.playhead.position = position
-            print(self)
-        self.playhead.position = here
-
-    def _repr_mimebundle_(self, **kwargs: Any) -> dict[str, Any]:
-        """Show the widget, and as text the whole state line, which ipywidgets would cut."""
-        return {**super()._repr_mimebundle_(**kwargs), "text/plain": repr(self)}
-
     def _line(self) -> str:
-        """Say the state in a line short enough to stand whole in a notebook's file."""
-        playhead, blocks = self.playhead, self.grid.blocks
+        blocks = self.grid.blocks
         pages = self.grid.codes.size // 2
         if not blocks:
-            return f"step {playhead.position} of {playhead.length}: nothing mapped"
+            return f"{self._step()}: nothing mapped"
         what = blocks[0]["name"] if len(blocks) == 1 else f"{len(blocks)} regions"
         cpu = counts_in_words(self.grid.codes[:pages], CPU_STATES)
         device = counts_in_words(self.grid.codes[pages:], DEVICE_STATES)
-        line = f"step {playhead.position} of {playhead.length}: {what} {pages} pages, CPU {cpu}"
+        line = f"{self._step()}: {what} {pages} pages, CPU {cpu}"
         return f"{line}, device {device}" if self.grid.devices else f"{line}, no device"
 
     def _follow(self, change: Any = None) -> None:

@@ -14,6 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import nbformat.v4 as nbf
 from playwright.sync_api import Browser, Page, Request
 
 SCREENSHOTS = Path(__file__).parents[2] / "build" / "screenshots"
@@ -116,6 +117,23 @@ def watched_page(
         context.close()
 
 
+def write_notebook(path: Path, *sources: str) -> None:
+    """Write a notebook as if saved after a run that failed: what it holds is not what will come."""
+    kernel = {"name": "python3", "display_name": "Python 3 (ipykernel)", "language": "python"}
+    stale = nbf.new_output("error", ename="Stale", evalue="from another day", traceback=[])
+    cells = [nbf.new_code_cell(source, outputs=[stale], execution_count=1) for source in sources]
+    notebook = nbf.new_notebook(cells=cells, metadata={"kernelspec": kernel})
+    path.write_text(nbf.writes(notebook))
+
+
+def run_notebook(page: Page, path: Path, *sources: str) -> None:
+    """Write a notebook into the lab's folder, open it, run it, and give it the lab's width."""
+    write_notebook(path, *sources)
+    open_notebook(page, path.stem)
+    run_all(page)
+    hide_sidebar(page)
+
+
 def open_notebook(page: Page, name: str) -> None:
     """Open ``name.ipynb`` in the lab and wait until its kernel is idle."""
     page.goto(f"/lab/tree/{name}.ipynb")
@@ -186,6 +204,16 @@ def hide_sidebar(page: Page) -> None:
         const {shell, commands} = window.jupyterapp;
         if (!shell.leftCollapsed) await commands.execute('application:toggle-left-area');
     }""")
+
+
+def wait_until_it_fits(page: Page, selector: str) -> None:
+    """Wait until nothing in an element is wider than its place; figures follow after a while."""
+    page.wait_for_function(
+        """selector => [...document.querySelectorAll(`${selector}, ${selector} *`)].every(
+            e => e.scrollWidth <= e.clientWidth + 1 || !e.clientWidth
+                || getComputedStyle(e).overflowX === 'visible')""",
+        arg=selector,
+    )
 
 
 def open_voila(page: Page, name: str) -> None:

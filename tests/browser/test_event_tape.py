@@ -5,8 +5,7 @@ import re
 import pytest
 from playwright.sync_api import Locator, Page, expect
 
-from harness import hide_sidebar, open_notebook, run_all, screenshot, theme
-from test_lab import write_notebook
+from harness import run_notebook, screenshot, theme
 
 VIEW = """
 from hmmlab import Session, show
@@ -20,10 +19,7 @@ view
 
 @pytest.fixture
 def tape(lab_server, page: Page) -> Locator:
-    write_notebook(lab_server.notebooks / "tape.ipynb", VIEW, "EventTape(view.playhead)")
-    open_notebook(page, "tape")
-    run_all(page)
-    hide_sidebar(page)
+    run_notebook(page, lab_server.notebooks / "tape.ipynb", VIEW, "EventTape(view.playhead)")
     tape = page.locator(".hmm-tape")
     expect(tape.get_by_role("option")).to_have_count(13)
     return tape

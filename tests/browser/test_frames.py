@@ -6,8 +6,7 @@ from collections.abc import Iterator
 import pytest
 from playwright.sync_api import Locator, Page, expect
 
-from harness import hide_sidebar, open_notebook, run_all, screenshot, theme
-from test_lab import write_notebook
+from harness import run_notebook, screenshot, theme, wait_until_it_fits
 
 STORY = """
 from hmmlab import Session, show
@@ -30,11 +29,10 @@ view
 
 @pytest.fixture
 def memory(lab_server, page: Page) -> Iterator[Page]:
-    write_notebook(lab_server.notebooks / "frames.ipynb", STORY, "PhysicalMemory(view.playhead)")
-    open_notebook(page, "frames")
     page.set_viewport_size({"width": 1280, "height": 2000})
-    run_all(page)
-    hide_sidebar(page)
+    run_notebook(
+        page, lab_server.notebooks / "frames.ipynb", STORY, "PhysicalMemory(view.playhead)"
+    )
     yield page
 
 
@@ -82,9 +80,5 @@ def test_it_fits_in_both_themes_and_widths(memory):
         memory.set_viewport_size({"width": width, "height": 2000})
         for name in ("light", "dark"):
             theme(memory, name)
-            memory.wait_for_function(
-                """() => [...document.querySelectorAll('.hmm-memory, .hmm-memory *')].every(
-                    e => e.scrollWidth <= e.clientWidth + 1 || !e.clientWidth
-                        || getComputedStyle(e).overflowX === 'visible')"""
-            )
+            wait_until_it_fits(memory, ".hmm-memory")
             screenshot(memory, f"frames-{name}-{width}")

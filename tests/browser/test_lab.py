@@ -6,7 +6,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import nbformat.v4 as nbf
 import pytest
 from playwright.sync_api import Page, expect
 
@@ -18,6 +17,7 @@ from harness import (
     screenshot,
     theme,
     wait_for_notebook,
+    write_notebook,
 )
 
 HMMLAB = str(Path(sys.executable).with_name("hmmlab"))
@@ -41,15 +41,6 @@ scales = {"x": bqplot.OrdinalScale(), "y": bqplot.LinearScale()}
 figure = bqplot.Figure(marks=[bqplot.Bars(x=["CPU", "device"], y=[3, 2], scales=scales)])
 ipywidgets.VBox([slider, echo, figure])
 """
-
-
-def write_notebook(path: Path, *sources: str) -> None:
-    """Write a notebook as if saved after a run that failed: what it holds is not what will come."""
-    kernel = {"name": "python3", "display_name": "Python 3 (ipykernel)", "language": "python"}
-    stale = nbf.new_output("error", ename="Stale", evalue="from another day", traceback=[])
-    cells = [nbf.new_code_cell(source, outputs=[stale], execution_count=1) for source in sources]
-    notebook = nbf.new_notebook(cells=cells, metadata={"kernelspec": kernel})
-    path.write_text(nbf.writes(notebook))
 
 
 def check_foundations(page: Page) -> None:

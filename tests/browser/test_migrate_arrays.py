@@ -3,8 +3,7 @@
 import pytest
 from playwright.sync_api import Locator, Page, expect
 
-from harness import hide_sidebar, open_notebook, run_all, screenshot, theme
-from test_lab import write_notebook
+from harness import run_notebook, screenshot, theme
 
 STORY = """
 from hmmlab import Session, show
@@ -20,10 +19,7 @@ MigrateArrays(view.playhead)
 
 @pytest.fixture
 def arrays(lab_server, page: Page) -> Locator:
-    write_notebook(lab_server.notebooks / "arrays.ipynb", STORY)
-    open_notebook(page, "arrays")
-    run_all(page)
-    hide_sidebar(page)
+    run_notebook(page, lab_server.notebooks / "arrays.ipynb", STORY)
     widget = page.locator(".hmm-view").filter(has=page.locator(".hmm-stepper"))
     expect(widget).to_be_visible()
     return widget

@@ -78,8 +78,8 @@ def test_it_runs_under_voila(voila_page: Page, name: str) -> None:
     step_there_and_back(voila_page.locator(".hmm-view").first)
 
 
-def test_the_tour_looks_as_the_readme_shows_it(page: Page) -> None:
-    """Halfway through the invalidation: the device has forgotten, the CPU has changed nothing."""
+def test_one_step_into_the_tour_the_device_has_forgotten(page: Page) -> None:
+    """And the CPU has changed nothing yet; the whole screen, as a learner sees it."""
     page.set_viewport_size({"width": 1280, "height": 1300})
     open_and_run(page, TOUR)
     view = view_of_cell(page, 0)
@@ -88,7 +88,7 @@ def test_the_tour_looks_as_the_readme_shows_it(page: Page) -> None:
     expect(view.get_by_role("heading", name="A page 2")).to_be_visible()
     for name in ("light", "dark"):
         theme(page, name)
-        screenshot(page, f"tour-{name}")
+        screenshot(page, f"tour-screen-{name}")
 
 
 def test_the_dares_of_the_tour_can_be_met(page: Page) -> None:

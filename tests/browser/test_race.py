@@ -4,8 +4,7 @@ import re
 
 from playwright.sync_api import Locator, Page, expect
 
-from harness import hide_sidebar, open_notebook, run_all, screenshot, theme
-from test_lab import write_notebook
+from harness import run_notebook, screenshot, theme, wait_until_it_fits
 
 RACE = """
 from hmmlab import Driver, Machine, Process
@@ -38,10 +37,7 @@ def turns(page: Page) -> Locator:
 
 
 def test_a_race_is_run_turn_by_turn_back_and_in_every_order(lab_server, page):
-    write_notebook(lab_server.notebooks / "race.ipynb", RACE)
-    open_notebook(page, "race")
-    run_all(page)
-    hide_sidebar(page)
+    run_notebook(page, lab_server.notebooks / "race.ipynb", RACE)
     expect(turns(page)).to_have_count(1)  # the heads of the lanes
     button(page, "device").focus()
     page.keyboard.press("Enter")
@@ -62,11 +58,7 @@ def test_a_race_is_run_turn_by_turn_back_and_in_every_order(lab_server, page):
     page.set_viewport_size({"width": 1000, "height": 900})
     for name in ("light", "dark"):
         theme(page, name)
-        page.wait_for_function(
-            """() => [...document.querySelectorAll('.hmm-race, .hmm-race *')].every(
-                e => e.scrollWidth <= e.clientWidth + 1 || !e.clientWidth
-                    || getComputedStyle(e).overflowX === 'visible')"""
-        )
+        wait_until_it_fits(page, ".hmm-race")
         screenshot(page, f"race-{name}")
     button(page, "Restart$").click()
     expect(turns(page)).to_have_count(1)

@@ -10,8 +10,17 @@ from contextlib import contextmanager
 import pytest
 from playwright.sync_api import Locator, Page, expect
 
-from harness import hide_sidebar, open_notebook, open_voila, run_all, screenshot, theme
-from test_lab import write_notebook
+from harness import (
+    hide_sidebar,
+    open_notebook,
+    open_voila,
+    run_all,
+    run_notebook,
+    screenshot,
+    theme,
+    wait_until_it_fits,
+    write_notebook,
+)
 
 SESSION = """
 from hmmlab import Session, show
@@ -42,10 +51,7 @@ show(session, charts=False)
 
 @pytest.fixture
 def view(lab_server, page: Page) -> Page:
-    write_notebook(lab_server.notebooks / "view.ipynb", SESSION)
-    open_notebook(page, "view")
-    run_all(page)
-    hide_sidebar(page)
+    run_notebook(page, lab_server.notebooks / "view.ipynb", SESSION)
     expect(cell(page, 0)).to_be_visible()
     return page
 
@@ -246,12 +252,7 @@ def test_the_view_in_both_themes_and_widths_has_no_overflow(view):
         expect(view.locator(".hmm-summary")).to_be_in_viewport()
         for name in ("light", "dark"):
             theme(view, name)
-            # A figure follows a new width only after a while.
-            view.wait_for_function(
-                """() => [...document.querySelectorAll('.hmm-view, .hmm-view *')].every(
-                    e => e.scrollWidth <= e.clientWidth + 1 || !e.clientWidth
-                        || getComputedStyle(e).overflowX === 'visible')"""
-            )
+            wait_until_it_fits(view, ".hmm-view")
             screenshot(view, f"view-{name}-{width}")
 
 

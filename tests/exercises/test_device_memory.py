@@ -9,27 +9,11 @@ from hmmlab import Machine, Process
 from hmmlab.exercises import exercise
 from hmmlab.exercises.card import Card
 from hmmlab.exercises.device_frames import words_of
-from hmmlab.exercises.rules import Kind, Verdict
+from hmmlab.exercises.rules import Kind
 from hmmlab.model.geometry import SECTION_PAGES
 from hmmlab.model.history.devmem_2017 import VM_FAULT_MINOR, VM_FAULT_SIGBUS
 from hmmlab.model.page import PHYSICAL_PAGES
-
-
-def judged(name: str, code: str, seed: int = 1) -> Verdict:
-    asked = exercise(name, seed).exercise
-    defined: dict[str, object] = {}
-    exec(compile(code, f"<{name}>", "exec"), defined)
-    return asked.judge(defined[asked.answer])
-
-
-def but(name: str, *edits: tuple[str, str]) -> str:
-    """The solution of an exercise with some of its text replaced."""
-    code = exercise(name).exercise.solution()
-    for old, new in edits:
-        assert old in code
-        code = code.replace(old, new)
-    return code
-
+from judging import but, judged, told_wrong
 
 HOME = 'answer = yield from self.migrate(vma, addr, addr + 1, "RAM")'
 
@@ -75,13 +59,9 @@ WRONG = [
 @pytest.mark.parametrize("seed", [1, 2])
 @pytest.mark.parametrize(("name", "code", "reason"), WRONG)
 def test_a_wrong_answer_is_told_why_and_where(name, code, reason, seed):
-    verdict = judged(name, code, seed)
-    assert verdict.kind is Kind.WRONG
-    assert re.search(reason, verdict.reason), verdict.reason
-    if name == "place":  # where nothing is mapped there is nothing to show
-        assert verdict.trace is None
-    else:
-        assert verdict.trace is not None and 0 < verdict.position <= len(verdict.trace)
+    verdict = told_wrong(name, code, reason, seed)
+    # Where nothing is mapped there is nothing to show.
+    assert (verdict.trace is None) == (name == "place")
 
 
 @pytest.mark.parametrize("seed", range(1, 9))

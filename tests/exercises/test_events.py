@@ -1,30 +1,14 @@
 """The exercises of notebook 06: mistakes are told where they show, and seeds make variants."""
 
-import re
-
 import pytest
 
 from hmmlab.exercises import exercise
-from hmmlab.exercises.rules import Kind, Verdict
+from hmmlab.exercises.rules import Kind
 from hmmlab.exercises.tape import Intervals, RaiseEvents, ReadTheTape
+from judging import but, judged, told_wrong
 
 NAMES = ["raise_events", "read_the_tape", "answer_at_once", "intervals", "ignorable"]
 SEEDS = range(1, 13)
-
-
-def judged(name: str, code: str, seed: int = 1) -> Verdict:
-    asked = exercise(name, seed).exercise
-    defined: dict[str, object] = {}
-    exec(compile(code, f"<{name}>", "exec"), defined)
-    return asked.judge(defined[asked.answer])
-
-
-def but(name: str, *edits: tuple[str, str]) -> str:
-    code = exercise(name).exercise.solution()
-    for old, new in edits:
-        assert old in code
-        code = code.replace(old, new)
-    return code
 
 
 def ignoring(rule: str) -> str:
@@ -81,10 +65,7 @@ WRONG = [
 
 @pytest.mark.parametrize(("name", "code", "reason"), WRONG)
 def test_a_wrong_answer_is_told_why_and_where(name, code, reason):
-    verdict = judged(name, code)
-    assert verdict.kind is Kind.WRONG
-    assert re.search(reason, verdict.reason), verdict.reason
-    assert verdict.trace is not None and 0 < verdict.position <= len(verdict.trace)
+    assert told_wrong(name, code, reason).trace is not None
 
 
 @pytest.mark.parametrize("seed", SEEDS)

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from hmmlab.exercises import EXERCISES, exercise
-from hmmlab.exercises.rules import Exercise, Kind, Verdict, attempted
+from hmmlab.exercises.rules import Exercise, Kind, attempted
+from judging import but, judged, told_wrong
 
 NAMES = [name for room in EXERCISES.values() for name in room]
 LESSONS = sorted((Path(__file__).parents[2] / "notebooks").glob("[0-9][0-9]_*.ipynb"))
@@ -36,15 +37,6 @@ REST = "return True"
 
 def invalidate(*lines: str) -> str:
     return INVALIDATE.format(body="\n        ".join((*lines, REST)))
-
-
-def but(name: str, *edits: tuple[str, str]) -> str:
-    """The solution of an exercise with some of its text replaced."""
-    code = exercise(name).exercise.solution()
-    for old, new in edits:
-        assert old in code
-        code = code.replace(old, new)
-    return code
 
 
 def reply(body: str) -> str:
@@ -180,13 +172,6 @@ WRONG = [
 ]
 
 
-def judged(name: str, code: str, seed: int = 1) -> Verdict:
-    asked = exercise(name, seed).exercise
-    defined: dict[str, object] = {}
-    exec(compile(code, f"<{name}>", "exec"), defined)
-    return asked.judge(defined[asked.answer])
-
-
 @pytest.mark.parametrize("seed", [1, 7])
 @pytest.mark.parametrize("name", NAMES)
 def test_the_solution_passes_with_any_seed(name, seed):
@@ -203,10 +188,7 @@ def test_the_starter_is_no_attempt(name):
 
 @pytest.mark.parametrize(("name", "code", "reason"), WRONG)
 def test_a_wrong_answer_is_told_why_and_where(name, code, reason):
-    verdict = judged(name, code)
-    assert verdict.kind is Kind.WRONG
-    assert re.search(reason, verdict.reason), verdict.reason
-    assert verdict.trace is not None and 0 < verdict.position <= len(verdict.trace)
+    assert told_wrong(name, code, reason).trace is not None
 
 
 def test_every_exercise_has_two_wrong_answers():

@@ -1,22 +1,13 @@
 """The exercises of notebook 03: mistakes are told where they show."""
 
-import re
-
 import pytest
 
 from hmmlab import Driver
-from hmmlab.exercises import exercise
-from hmmlab.exercises.promise import broken_promise
-from hmmlab.exercises.rules import Kind, Verdict
+from hmmlab.exercises.rules import Kind
 from hmmlab.exercises.turns import CheckThenLock, discard_and_read
+from hmmlab.invariants.promise import broken_promise
 from hmmlab.model.race import Race
-
-
-def judged(name: str, code: str, seed: int = 1) -> Verdict:
-    asked = exercise(name, seed).exercise
-    defined: dict[str, object] = {}
-    exec(compile(code, f"<{name}>", "exec"), defined)
-    return asked.judge(defined[asked.answer])
+from judging import but, judged, told_wrong
 
 
 def ranges(body: str) -> str:
@@ -30,14 +21,6 @@ def ranges(there, wanted):
     edges = np.flatnonzero(np.diff({what}, prepend=False, append=False)).reshape(-1, 2)
     return edges.tolist()
 """
-
-
-def loop(*edits: tuple[str, str]) -> str:
-    code = exercise("fault_loop").exercise.solution()
-    for old, new in edits:
-        assert old in code
-        code = code.replace(old, new)
-    return code
 
 
 ANY_ERROR = ("                if error.errno != 16:\n                    raise\n", "")
@@ -62,10 +45,14 @@ SPIN = (
 )
 
 WRONG = [
-    ("fault_loop", loop(ANY_ERROR), "no reason to ask again. It never ends"),
-    ("fault_loop", loop(ANY_ERROR, SPIN), "no reason to ask again. It never ends"),
-    ("fault_loop", loop(NO_FINALLY), "still held after an error"),
-    ("fault_loop", loop(LET_GO), "In the order of turns 'd+c+d': The device keeps|overtaken"),
+    ("fault_loop", but("fault_loop", ANY_ERROR), "no reason to ask again. It never ends"),
+    ("fault_loop", but("fault_loop", ANY_ERROR, SPIN), "no reason to ask again. It never ends"),
+    ("fault_loop", but("fault_loop", NO_FINALLY), "still held after an error"),
+    (
+        "fault_loop",
+        but("fault_loop", LET_GO),
+        "In the order of turns 'd+c+d': The device keeps|overtaken",
+    ),
     ("snapshot_bytes", 'prediction = "02 02 00 11 02 02 11 00"', r"Page 0 is 01, a frame that may"),
     (
         "snapshot_bytes",
@@ -89,10 +76,7 @@ WRONG = [
 
 @pytest.mark.parametrize(("name", "code", "reason"), WRONG)
 def test_a_wrong_answer_is_told_why_and_where(name, code, reason):
-    verdict = judged(name, code)
-    assert verdict.kind is Kind.WRONG
-    assert re.search(reason, verdict.reason), verdict.reason
-    assert verdict.trace is not None and 0 < verdict.position <= len(verdict.trace)
+    assert told_wrong(name, code, reason).trace is not None
 
 
 def test_a_wrong_byte_is_shown_at_the_step_that_made_the_page_so():

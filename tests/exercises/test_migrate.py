@@ -5,7 +5,8 @@ import re
 import pytest
 
 from hmmlab.exercises import exercise
-from hmmlab.exercises.rules import Kind, Verdict
+from hmmlab.exercises.rules import Kind
+from judging import judged, told_wrong
 
 BUILD = "from hmmlab.exercises.migrate import pin, pipe\ndef build(process, pages, stay):\n    "
 GATES = (
@@ -72,19 +73,9 @@ WRONG = [
 ]
 
 
-def judged(name: str, code: str, seed: int = 1) -> Verdict:
-    asked = exercise(name, seed).exercise
-    defined: dict[str, object] = {}
-    exec(compile(code, f"<{name}>", "exec"), defined)
-    return asked.judge(defined[asked.answer])
-
-
 @pytest.mark.parametrize(("name", "code", "reason"), WRONG)
 def test_a_wrong_answer_is_told_why_and_where(name, code, reason):
-    verdict = judged(name, code)
-    assert verdict.kind is Kind.WRONG
-    assert re.search(reason, verdict.reason), verdict.reason
-    assert verdict.trace is not None and 0 < verdict.position <= len(verdict.trace)
+    assert told_wrong(name, code, reason).trace is not None
 
 
 @pytest.mark.parametrize(

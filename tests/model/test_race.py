@@ -5,8 +5,8 @@ import warnings
 import pytest
 
 from hmmlab import Driver, Machine, Process
-from hmmlab.exercises.promise import broken_promise
 from hmmlab.exercises.turns import CheckThenLock, discard_and_read
+from hmmlab.invariants.promise import broken_promise
 from hmmlab.model.race import Race
 
 #: Places for numbers: what two operations count up, and how many have done so.

@@ -15,11 +15,12 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
 from hmmlab import Process, load, save
+from hmmlab.answers import Known
 from hmmlab.invariants import violations
 from hmmlab.model.machine import BULK, Machine
 from hmmlab.model.page import PG_KSM
 from hmmlab.model.schedule import interleave
-from hmmlab.session import Session, _Known
+from hmmlab.session import Session
 from readings import difference, reading
 
 #: How many times the usual number of stories.
@@ -218,12 +219,12 @@ class Story(RuleBasedStateMachine):
         save(self.path, session.machine)
         saved = load(self.path)
         assert saved.machine.copy() == session.machine.copy()
-        session.machine.detach(session._events)
+        session.machine.detach(session._heard)
         session.machine = saved.machine
-        session.machine.attach(session._events)
-        session._known = {
-            who: _Known(process := saved.processes[known.process.name], process.files, known.mms)
-            for who, known in session._known.items()
+        session.machine.attach(session._heard)
+        session._family = {
+            who: Known(process := saved.processes[known.process.name], process.files, known.mms)
+            for who, known in session._family.items()
         }
 
     @rule(somewhere=NUMBER)
@@ -248,7 +249,6 @@ class Story(RuleBasedStateMachine):
 SETTINGS = settings(
     max_examples=6 * PROOFS,
     stateful_step_count=40,
-    deadline=None,
     derandomize=PROOFS == 1,
     suppress_health_check=list(HealthCheck),
     print_blob=True,
@@ -287,7 +287,7 @@ RACERS = st.lists(
 )
 
 
-@settings(max_examples=40 * PROOFS, deadline=None, derandomize=PROOFS == 1)
+@settings(max_examples=40 * PROOFS, derandomize=PROOFS == 1)
 @given(before=RACERS, racers=RACERS, order=st.lists(st.integers(0, 2), max_size=60))
 def test_operations_by_turns_keep_the_invariants(before, racers, order):
     machine = Machine(1 << 12, grain=1)

@@ -119,6 +119,11 @@ def test_a_question_stands_before_every_answer(notebook):
             assert "?" in asked, f"{cell.id} answers what nobody asked"
 
 
+def test_no_cell_lets_a_widget_say_what_the_learner_is_asked_to_find(notebook):
+    """After Run All a race stands as its cell made it; only its button shows what is found."""
+    assert [cell.id for cell in code_cells(notebook) if "try_every_order" in cell.source] == []
+
+
 def test_no_more_than_six_lines_of_text_without_something_to_do(notebook):
     for cell_id, lines in passages(notebook):
         assert len(lines) <= 6, f"{cell_id}: {len(lines)} lines\n" + "\n".join(lines)

@@ -27,7 +27,7 @@ def test_it_is_one_screen():
 def test_it_was_saved_as_a_learner_finds_it_who_has_just_begun():
     """Before anything has run the table is there, with its links, and says nothing is solved."""
     (output,) = INDEX.cells[1].outputs
-    shown = Course(HOME)._repr_mimebundle_()
+    shown, _ = Course(HOME)._repr_mimebundle_()
     assert output.data == {key: shown[key] for key in ("text/plain", "text/html")}
 
 

@@ -153,17 +153,9 @@ def test_the_state_line(memory):
         f"PhysicalMemory(step {position} of {length}: unit 0 (d0): "
         f"from 0x3ffffffff down A 0, A 1, A 7, A 3, A 6, A 5; next 0x3fffffff9)"
     )
-    assert memory._repr_mimebundle_()["text/plain"] == repr(memory)
     assert memory.summary.value in repr(memory)
     memory.playhead.position = 0
     assert "unit 0: no frame in use; next 0x3ffffffff" in repr(memory)
-
-
-def test_it_tells_steps_and_stays_where_it_is(memory, capsys):
-    memory.tell([0, 3])
-    lines = capsys.readouterr().out.splitlines()
-    assert [line[:22] for line in lines] == ["PhysicalMemory(step 0 ", "PhysicalMemory(step 3 "]
-    assert memory.playhead.position == memory.playhead.length
 
 
 def test_a_unit_without_memory_is_refused(memory):

@@ -3,6 +3,7 @@ import re
 import pytest
 
 from hmmlab.widgets.inspector import Inspector
+from hmmlab.widgets.one_page import inspect
 
 
 @pytest.fixture
@@ -42,10 +43,8 @@ def test_every_page_at_every_step_can_be_taken_apart(inspector, playhead):
 
 
 def test_bits_of_a_word_are_64_and_say_what_the_word_says(inspector, playhead):
-    from hmmlab.widgets import reading
-
     mm, vpn = page(playhead, "B", 0)
-    for section in reading.inspect(playhead.replay.state, mm, vpn, playhead.device_of(mm)[0]):
+    for section in inspect(playhead.replay.state, mm, vpn, playhead.device_of(mm)[0]):
         if section.bits:
             assert sum(high - low + 1 for high, low, *_ in section.bits) == 64
             word = int(dict(row[:2] for row in section.rows)["word"], 16)

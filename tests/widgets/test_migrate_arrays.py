@@ -109,8 +109,3 @@ def test_of_many_pages_it_shows_those_around_the_selected_one():
     arrays.playhead.selected = (1, first + 40)
     assert [arrays.table.pages[i]["name"] for i in (0, -1)] == ["A 32", "A 59"]
     assert re.search(r"src 50 VMW, 10 M, dst 60 VW\)$", repr(arrays))
-
-
-def test_its_text_stands_for_it_in_a_notebooks_file(arrays):
-    assert arrays._repr_mimebundle_()["text/plain"] == repr(arrays)
-    assert not re.search(r"0x|\n", repr(arrays))

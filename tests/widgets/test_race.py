@@ -73,8 +73,16 @@ def test_who_waits_is_seen_to_wait_and_adds_no_turn():
 
 def test_every_order_goes_to_the_first_that_is_wrong(view):
     view.every.click()
-    assert view.wrong and view.order == view.race.every_order(view.judge).first
+    assert view.wrong and view.order == view.every_order().first
     assert "break the promise" in view.verdict.value and not view.every.disabled
+
+
+def test_a_search_from_a_cell_spoils_nothing(view):
+    view.order = "dd"
+    before = repr(view), view.lanes.value, view.status.value, view.verdict.value
+    assert view.every_order() == view.race.every_order(view.judge)
+    assert (repr(view), view.lanes.value, view.status.value, view.verdict.value) == before
+    assert view.verdict.value == ""
 
 
 def test_every_order_of_a_correct_driver_stays_where_it_is():
@@ -109,8 +117,7 @@ def test_a_letter_that_is_none_is_refused_and_changes_nothing(view):
     assert view.order == "dd" and view.run.trace is view.playhead.trace
 
 
-def test_its_text_is_the_state_line(view, capsys):
-    assert view._repr_mimebundle_()["text/plain"] == repr(view)
+def test_it_tells_orders_and_stays_where_it_is(view, capsys):
     view.order = "d"
     view.tell(["", "dd"])
     lines = capsys.readouterr().out.splitlines()

@@ -5,6 +5,7 @@ import pytest
 
 from hmmlab import Machine, Session
 from hmmlab.widgets import reading
+from hmmlab.widgets.one_page import inspect
 from hmmlab.widgets.palette import CPU_STATES, DEVICE_STATES
 
 #: A page of each state of the CPU's table: its name, what leads to it, and the page.
@@ -39,7 +40,7 @@ def cpu_code(session: Session, offset: int) -> int:
 
 def sections(session: Session, offset: int) -> dict[str, dict[str, str]]:
     page = session.process.regions["A"] + offset
-    found = reading.inspect(session.machine, session.process.mm, page, 1)
+    found = inspect(session.machine, session.process.mm, page, 1)
     return {section.title: {row[0]: row[1] for row in section.rows} for section in found}
 
 

@@ -58,12 +58,6 @@ def test_every_widget_has_a_repr_that_is_always_the_same(session):
     assert not any(re.search(r"0x[0-9a-f]{6}| at 0x|model_id", text) for text in first)
 
 
-def test_the_output_is_the_state_line(session):
-    view = show(session, charts=False)
-    assert view._repr_mimebundle_()["text/plain"] == repr(view)
-    assert len(repr(view)) > 110  # where ipywidgets would cut it
-
-
 def test_a_recording_may_be_a_file_or_objects(session, tmp_path):
     import json
 

@@ -1,8 +1,5 @@
 // The two arrays of a migration as tables, a column a page; a page's name selects it.
 
-const make = (tag, className = "", text = "") =>
-  Object.assign(document.createElement(tag), { className, textContent: text });
-
 /** The rows below the pages' names: title, and what stands in a page's cell. */
 const ROWS = [
   ["CPU's word", (page) => [chip(page.state), ` ${page.state.short}`]],

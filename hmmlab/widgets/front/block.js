@@ -241,10 +241,3 @@ class Block {
 function permissions(mode) {
   return `${mode.slice(0, 3)} ${{ p: "private", s: "shared" }[mode[3]] ?? ""}`.trim();
 }
-
-function make(tag, name = "", text = "") {
-  const element = document.createElement(tag);
-  if (name) element.className = name;
-  if (text) element.textContent = text;
-  return element;
-}

@@ -1,8 +1,5 @@
 // Physical space as a column of places, and the frames of one chunk of device memory as a grid.
 
-const make = (tag, className = "", text = "") =>
-  Object.assign(document.createElement(tag), { className, textContent: text });
-
 class Memory {
   constructor(model, el) {
     this.model = model;

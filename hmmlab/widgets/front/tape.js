@@ -1,11 +1,8 @@
 // Notifier events downwards in time, one lane a kind; the buttons above choose the kinds.
 
-const make = (tag, className = "", text = "") =>
-  Object.assign(document.createElement(tag), { className, textContent: text });
-
-class EventTape {
+class EventTape extends Listbox {
   constructor(model, el) {
-    this.model = model;
+    super(model, make("div", "hmm-tape-list"), "Notifier events");
     const box = el.appendChild(make("div", "hmm-tape"));
     this.filter = box.appendChild(make("div", "hmm-tape-filter"));
     this.filter.setAttribute("role", "group");
@@ -13,13 +10,7 @@ class EventTape {
     this.filter.addEventListener("click", (e) => this.choose(e));
     this.titles = box.appendChild(make("div", "hmm-tape-row hmm-tape-titles"));
     this.titles.setAttribute("aria-hidden", "true"); // each row says all this itself
-    this.list = box.appendChild(make("div", "hmm-tape-list"));
-    this.list.setAttribute("role", "listbox");
-    this.list.setAttribute("aria-label", "Notifier events");
-    this.list.tabIndex = 0;
-    this.list.dataset.lmSuppressShortcuts = "true";
-    this.list.addEventListener("click", (e) => this.click(e));
-    this.list.addEventListener("keydown", (e) => this.key(e));
+    box.append(this.list);
     this.drawKinds();
     this.fill();
   }
@@ -73,10 +64,7 @@ class EventTape {
     const kinds = this.model.get("kinds");
     this.rows = this.model.get("rows").map(([number, position, kind, where, extent, told, owner, operation]) => {
       const [name, glyph, colour, ink] = kinds[kind];
-      const row = make("div", "hmm-tape-row");
-      row.id = `${this.model.get("prefix")}-${number}`;
-      row.number = number;
-      row.setAttribute("role", "option");
+      const row = this.row(number, number, "hmm-tape-row");
       row.setAttribute("aria-setsize", this.model.get("_total"));
       row.setAttribute("aria-posinset", number);
       const owned = owner ? `, owner ${owner}` : "";
@@ -105,19 +93,9 @@ class EventTape {
   }
 
   mark() {
+    super.mark();
     const current = this.model.get("current");
-    this.list.removeAttribute("aria-activedescendant");
-    for (const row of this.rows) {
-      const here = row.number === current;
-      row.setAttribute("aria-selected", String(here));
-      row.classList.toggle("hmm-ahead", row.number > current);
-      if (!here) continue;
-      this.list.setAttribute("aria-activedescendant", row.id);
-      const [top, bottom] = [row.offsetTop, row.offsetTop + row.offsetHeight];
-      const { scrollTop, clientHeight } = this.list;
-      if (top < scrollTop || bottom > scrollTop + clientHeight)
-        this.list.scrollTop = top - clientHeight / 2;
-    }
+    for (const row of this.rows) row.classList.toggle("hmm-ahead", row.number > current);
     if (!current) this.list.scrollTop = 0;
   }
 
@@ -125,32 +103,18 @@ class EventTape {
     this.model.send({ go: number });
   }
 
-  click(event) {
-    const row = event.target.closest('[role="option"]');
-    if (row) this.go(row.number);
-  }
-
-  key(event) {
+  goals() {
     const [current, total] = [this.model.get("current"), this.model.get("_total")];
-    const goal = {
+    return {
       Enter: current, ArrowUp: Math.max(current - 1, 1), ArrowDown: Math.min(current + 1, total), Home: 1, End: total,
-    }[event.key];
-    if (goal === undefined) return;
-    if (goal) this.go(goal);
-    event.preventDefault();
-    event.stopPropagation();
+    };
   }
 }
 
 export default {
   render({ model, el }) {
     const tape = new EventTape(model, el);
-    model.on("change:rows", () => tape.fill());
     model.on("change:kinds change:shown", () => tape.drawKinds());
-    model.on("change:current", () => tape.mark());
-    // The list has a height, and the current row a place, only once it is on the page.
-    const size = new ResizeObserver(() => tape.mark());
-    size.observe(tape.list);
-    return () => size.disconnect();
+    return tape.follow();
   },
 };

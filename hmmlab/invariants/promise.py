@@ -4,22 +4,17 @@ from __future__ import annotations
 
 import numpy as np
 
+from hmmlab.invariants.look import data_frames, may_write
 from hmmlab.model.entry import (
     DEVICE_VALID,
     DEVICE_WRITE,
-    RW,
-    SWP_DEVICE_WRITE,
     device_pfn,
     is_device_private,
     is_migration,
     is_present,
     is_swap_type,
-    pfn_of,
-    swap_offset_pfn,
-    swap_type,
 )
 from hmmlab.model.mm_types import mm_root
-from hmmlab.model.page import page_rows
 from hmmlab.model.page_table import read_range
 from hmmlab.model.region import Pages
 from hmmlab.model.state import State
@@ -27,7 +22,7 @@ from hmmlab.model.trace import Trace
 
 __all__ = ["broken_promise", "device_letters", "first_break"]
 
-#: The only address space whose device is open in an exercise has this file.
+#: The first device file that is opened on a machine, and often the only one.
 FIRST_FILE = 1
 
 
@@ -43,14 +38,10 @@ def device_letters(state: State, where: Pages, file: int = FIRST_FILE) -> str:
     writes = known & ((words & np.uint64(DEVICE_WRITE)) != 0)
     away = is_swap_type(cpu)
     private, moving = away & is_device_private(cpu), away & is_migration(cpu)
-    frames = np.where(away, swap_offset_pfn(cpu), pfn_of(cpu))
-    backing = state["page.private"][page_rows(state, np.where(private, frames, 0))]
-    data = np.where(private, backing, frames)
-    writable = np.where(private, swap_type(cpu) == SWP_DEVICE_WRITE, (cpu & RW) != 0)
     letters = np.where(known, np.where(writes, "w", "r"), ".")
     letters = np.where(known & private, np.char.upper(letters), letters)
-    letters = np.where(writes & is_present(cpu) & ~writable, "+", letters)
-    lost = known & ~moving & ((cpu == 0) | (data != device_pfn(words)))
+    letters = np.where(writes & is_present(cpu) & ~may_write(cpu), "+", letters)
+    lost = known & ~moving & ((cpu == 0) | (data_frames(state, cpu) != device_pfn(words)))
     return "".join(np.where(lost, "!", letters))
 
 
