@@ -48,10 +48,14 @@ __all__ = [
     "IORES_DESC_DEVICE_PRIVATE_MEMORY",
     "IORES_DESC_DEVICE_PUBLIC_MEMORY",
     "VM_FAULT_ERROR",
+    "VM_FAULT_FALLBACK",
+    "VM_FAULT_HWPOISON",
+    "VM_FAULT_HWPOISON_LARGE",
     "VM_FAULT_MAJOR",
     "VM_FAULT_MINOR",
     "VM_FAULT_OOM",
     "VM_FAULT_SIGBUS",
+    "VM_FAULT_SIGSEGV",
     "HmmDevmem",
     "HmmDevmemOps",
     "Resource",
@@ -75,7 +79,20 @@ VM_FAULT_MINOR = 0
 VM_FAULT_OOM = 0x0001
 VM_FAULT_SIGBUS = 0x0002
 VM_FAULT_MAJOR = 0x0004
-VM_FAULT_ERROR = VM_FAULT_OOM | VM_FAULT_SIGBUS
+VM_FAULT_HWPOISON = 0x0010
+VM_FAULT_HWPOISON_LARGE = 0x0020
+VM_FAULT_SIGSEGV = 0x0040
+VM_FAULT_FALLBACK = 0x0800
+VM_FAULT_ERROR = (
+    VM_FAULT_OOM
+    | VM_FAULT_SIGBUS
+    | VM_FAULT_SIGSEGV
+    | VM_FAULT_HWPOISON
+    | VM_FAULT_HWPOISON_LARGE
+    | VM_FAULT_FALLBACK
+)
+
+_SIGBUS, _SIGSEGV = 7, 11
 
 Machine.declare("page.hmm_data", np.uint64, "2017: the word that a driver keeps in a device page")
 
@@ -90,6 +107,9 @@ class HmmDevmemOps(Protocol):
         self, devmem: HmmDevmem, vma: Vma, addr: int, page: int, flags: int, pmdp: int
     ) -> int | Generator[Any, Any, int]:
         """The CPU, or get_user_pages, touched a page of device memory: bring it back to RAM.
+
+        The mmap_lock is held, so that ``vma`` holds. Other pages may come home along with this one,
+        but this one goes first.
 
         Parameters
         ----------
@@ -108,6 +128,19 @@ class HmmDevmemOps(Protocol):
         -------
         VM_FAULT_MINOR or VM_FAULT_MAJOR, or a bit of VM_FAULT_ERROR.
         """
+
+
+@dataclass(frozen=True, slots=True)
+class Resource:
+    """A piece of physical space (``struct resource``): frames ``start`` to ``end - 1``, and what.
+
+    ``desc`` is IORES_DESC_DEVICE_PRIVATE_MEMORY for memory of a device, or
+    IORES_DESC_DEVICE_PUBLIC_MEMORY where the CPU can reach it.
+    """
+
+    start: int
+    end: int
+    desc: int
 
 
 class HmmDevmem:
@@ -137,6 +170,14 @@ class HmmDevmem:
     def __repr__(self) -> str:
         return f"HmmDevmem({self.device!r}, frames {self.pfn_first:#x} to {self.pfn_last:#x})"
 
+    @property
+    def resource(self) -> Resource | None:
+        """The piece of physical space that is reserved for it; None before there is a place."""
+        desc = IORES_DESC_DEVICE_PRIVATE_MEMORY
+        if self.public:
+            desc = IORES_DESC_DEVICE_PUBLIC_MEMORY
+        return None if self.pfn_first < 0 else Resource(self.pfn_first, self.pfn_last, desc)
+
     def page_free(self, machine: Machine, pfns: Pfns) -> None:
         """Hand pages back to the driver (``hmm_devmem_free``)."""
         self.ops.free(self, pfns)
@@ -149,7 +190,7 @@ class HmmDevmem:
         Raises
         ------
         KernelError
-            SIGBUS or ENOMEM, as the driver answers.
+            ENOMEM, SIGSEGV, or SIGBUS for anything else that the driver answers.
         """
         root = mm_root(machine, vma.mm)
         before = self.faulting
@@ -162,7 +203,8 @@ class HmmDevmem:
                 if code & VM_FAULT_OOM:
                     raise KernelError(ENOMEM, f"{self.device} has no memory for page {addr:#x}")
                 if code & VM_FAULT_ERROR:
-                    raise KernelError(0, f"{self.device} lost page {addr:#x}", signal=7)
+                    signal = _SIGSEGV if code & VM_FAULT_SIGSEGV else _SIGBUS
+                    raise KernelError(0, f"{self.device} lost page {addr:#x}", signal=signal)
         finally:
             self.faulting = before
 
@@ -204,18 +246,6 @@ def _intersects(machine: Machine, first: int, last: int) -> bool:
     return bool((taken & overlap).any())
 
 
-@dataclass(frozen=True, slots=True)
-class Resource:
-    """A piece of physical space (``struct resource``): frames ``start`` to ``end - 1``, and what.
-
-    ``desc`` is IORES_DESC_DEVICE_PUBLIC_MEMORY for memory of a device that the CPU can reach.
-    """
-
-    start: int
-    end: int
-    desc: int
-
-
 @kernel("mm/hmm.c, 4.14")
 def hmm_devmem_add_resource(
     machine: Machine, ops: HmmDevmemOps, device: str, res: Resource
@@ -247,8 +277,8 @@ def hmm_devmem_pages_create(machine: Machine, devmem: HmmDevmem) -> Routine[int]
 
     Returns
     -------
-    0; -ENXIO where they hold RAM, wholly or, with a warning, in part; -EBUSY where one belongs to
-    another chunk.
+    0; -ENXIO where they hold RAM, wholly or, with a warning, beside the chunk's own resource
+    (REGION_MIXED); -EBUSY where one belongs to another chunk.
     """
     first = align_down(devmem.pfn_first, SECTION_PAGES)
     last = align_up(devmem.pfn_last, SECTION_PAGES)
@@ -258,6 +288,7 @@ def hmm_devmem_pages_create(machine: Machine, devmem: HmmDevmem) -> Routine[int]
         return -ENXIO
     sections = np.arange(first, last, SECTION_PAGES)
     if pagemap_of(machine, sections).any():
+        yield machine.step(f"{devmem.device} collides with memory that is there already.")
         return -EBUSY
     kind = MEMORY_DEVICE_COHERENT if devmem.public else MEMORY_DEVICE_PRIVATE
     devmem.pagemap = memremap_pages(machine, first, last - first, HMM_DEVMEM_OWNER, devmem, kind)

@@ -13,7 +13,8 @@ import numpy as np
 from hmmlab.model.driver import Driver
 from hmmlab.model.entry import HMM_PFN_VALID, HMM_PFN_WRITE, Pfns, Words
 from hmmlab.model.history import today
-from hmmlab.model.history.era import EBUSY, EFAULT, Era, error_name
+from hmmlab.model.history.calls import Calls
+from hmmlab.model.history.era import EBUSY, EFAULT, Era
 from hmmlab.model.hmm import HmmRange, hmm_range_fault
 from hmmlab.model.machine import KernelError, Routine, kernel
 from hmmlab.model.mm_types import mm_lock
@@ -23,51 +24,24 @@ from hmmlab.model.mmu_notifier import (
     mmu_interval_read_begin,
     mmu_interval_read_retry,
 )
-from hmmlab.model.names import Names
 
 __all__ = ["Driver61", "DriverToday", "EraDriver", "in_6_1"]
 
 
-class EraDriver(Driver):
-    """A driver that notes its calls.
-
-    Attributes
-    ----------
-    calls
-        What was called since :meth:`take_calls`, in order.
-    """
+class EraDriver(Driver, Calls):
+    """A driver that notes its calls."""
 
     era: Era
     #: The kernel function in which a driver is told that a change begins.
     told_in = "__mmu_notifier_invalidate_range_start"
 
     def __init__(self, *args: Any, **rest: Any) -> None:
-        super().__init__(*args, **rest)
-        self.calls: list[str] = []
+        Driver.__init__(self, *args, **rest)
+        Calls.__init__(self, self.machine, self.mm)
 
     def counter(self) -> str:
         """What this kernel counts of changes: a number, odd while one runs that hits somebody."""
         return f"invalidate_seq = {self.machine['mm.invalidate_seq'][self.mm]}"
-
-    def note(self, call: str, answer: object = None) -> None:
-        """Note a call; an int below 0 is written as an error."""
-        if answer is not None:
-            number = isinstance(answer, int) and not isinstance(answer, bool)
-            call += f" = {error_name(answer) if number else answer}"  # type: ignore[arg-type]
-        self.calls.append(call)
-
-    def take_calls(self) -> tuple[str, ...]:
-        """The calls since the last time."""
-        calls, self.calls = tuple(self.calls), []
-        return calls
-
-    def pages(self, start: int, end: int) -> str:
-        """A range as arguments: page numbers counted from the beginning of their region."""
-        names: Names = self.machine.names
-        for first, last in names.of(self.mm).values():
-            if first <= start < last:
-                return f"{start - first}, {end - first}"
-        return f"{start:#x}, {end:#x}"
 
     def map_answers(self, range: HmmRange) -> None:
         """Map what was answered; until 5.6 a lookup could succeed and leave a page out.

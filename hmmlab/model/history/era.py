@@ -40,7 +40,7 @@ class Era(enum.IntEnum):
     V4_17       mirrors may have a release callback; unregistering forgets the mm
     V4_20       mirrors are told at the start, with a ``struct hmm_update``, and may refuse
     V5_2        running changes are counted; a range is valid again when there are none
-    V5_3        an invalid range is -EBUSY, and the lock stays held
+    V5_3        an invalid range is -EBUSY, and the lock stays held; ``block`` is heeded
     V5_4        a snapshot is a flag of the fault; a mirror gets the notifier's own range
     V5_5        no mirrors and no struct hmm: interval notifiers; 5.6 is the same
     V5_7        no flags any more: a request decides

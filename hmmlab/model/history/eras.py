@@ -3,6 +3,7 @@
     print(side_by_side())
     print(side_by_side("during", change="mprotect"))
     print(side_by_side("hole", eras=tuple(DRIVERS)))
+    print(side_by_side("memory"))
 
 Every column is run: each era has a driver of its own on a machine of its own, and a cell holds what
 that driver called and was called in that moment. Eras in which nothing of the table changes are
@@ -22,6 +23,7 @@ from hmmlab.model.entry import DEVICE_WRITE, RW, device_pfn, is_present, pfn_of
 from hmmlab.model.history.drivers import Driver61, DriverToday, EraDriver
 from hmmlab.model.history.era import Era
 from hmmlab.model.history.interval_drivers import Driver55, Driver57
+from hmmlab.model.history.memory_drivers import MEMORY_DRIVERS, MemoryDriver
 from hmmlab.model.history.mirror_drivers import (
     Driver52,
     Driver53,
@@ -132,7 +134,7 @@ class _Stage:
     """A process, a device of some era, and eight written pages; the CPU will change four."""
 
     def __init__(self, era: Era, change: str) -> None:
-        self.machine = Machine(_RAM_PAGES)
+        self.era, self.machine = era, Machine(_RAM_PAGES)
         self.process = Process(self.machine)
         self.device: EraDriver = DRIVERS[era](self.process, "d0")
         self.process.files["d0"] = self.device
@@ -142,6 +144,11 @@ class _Stage:
         self.process.store(self.pages, range(100, 100 + _PAGES))
         self.change = change
         self.read = self.device.steps.read
+
+    @functools.cached_property
+    def card(self) -> MemoryDriver:
+        """A card with memory of its own, in place of the device."""
+        return MEMORY_DRIVERS[self.era](self.process)
 
     @functools.cached_property
     def cpu(self) -> Steps:
@@ -233,6 +240,21 @@ def _during(stage: _Stage) -> Moments:
     yield "the device closes", device.take_calls()
 
 
+def _memory(stage: _Stage) -> Moments:
+    card, process, pages = stage.card, stage.process, stage.pages
+    process.run("the card gets memory", card.add())
+    yield "the card gets memory", card.take_calls()
+    process.run("it takes the pages", card.take(pages))
+    yield "it takes the pages", card.take_calls()
+    yield "so on the card are", (f"pages: {card.held(pages)}",)
+    values = process.load(pages[1:2]).tolist()
+    yield "the CPU reads page 1", (*card.take_calls(), f"(reads {values[0]})")
+    process.munmap(pages)
+    yield "the CPU unmaps all", card.take_calls()
+    process.run("the card goes", card.remove())
+    yield "the card goes", card.take_calls()
+
+
 #: What happens, by name: a sentence, and the moments of it.
 SCENARIOS: dict[str, tuple[str, Callable[[_Stage], Moments]]] = {
     "between": (
@@ -242,6 +264,7 @@ SCENARIOS: dict[str, tuple[str, Callable[[_Stage], Moments]]] = {
     "during": ("A device faults eight pages while a change of four of them runs.", _during),
     "hole": ("A device faults eight pages, of which the CPU has unmapped two.", _hole),
     "untouched": ("A device faults eight pages that the CPU has only read.", _untouched),
+    "memory": ("A card takes eight pages to its own memory; the CPU reads one of them.", _memory),
 }
 
 

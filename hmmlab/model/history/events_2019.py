@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from hmmlab.model.history.era import EAGAIN
+from hmmlab.model.history.sites import CHANGE_PTE_SITES, raised_by
 from hmmlab.model.machine import Machine, Routine, kernel
 from hmmlab.model.mm_types import VM_READ, mm_root, vma_at
 from hmmlab.model.mmu_notifier import Event, MmuNotifierRange, mmu_notifier_register
@@ -28,7 +29,6 @@ from hmmlab.model.page_table import read_range
 from hmmlab.model.state import State
 
 __all__ = [
-    "CHANGE_PTE_SITES",
     "MMU_NOTIFIER_RANGE_BLOCKABLE",
     "MMU_NOTIFIER_USE_CHANGE_PTE",
     "MmuNotifierEvent",
@@ -41,13 +41,10 @@ __all__ = [
     "mmu_notifier_register_2019",
 ]
 
+#: Set when the start is told; only the reaper of a process out of memory does not.
 MMU_NOTIFIER_RANGE_BLOCKABLE = 1 << 0
 #: Only in the ninth patch, which was never merged.
 MMU_NOTIFIER_USE_CHANGE_PTE = 1 << 1
-
-#: Functions that set a word with ``set_pte_at_notify`` where a listener may rely on it: a copy on
-#: write, and the two halves of merging equal pages (KSM). The fourth, uprobes, is left out.
-CHANGE_PTE_SITES = ("wp_page_copy", "write_protect_page", "replace_page")
 
 
 class MmuNotifierEvent(enum.IntEnum):
@@ -89,12 +86,12 @@ class MmuNotifierRange2019:
 def mmu_notifier_range_init(
     event: MmuNotifierEvent, flags: int, vma: int, mm: int, start: int, end: int
 ) -> MmuNotifierRange2019:
-    """A range as most callers begin it: whoever is told may sleep."""
-    return MmuNotifierRange2019(event, flags | MMU_NOTIFIER_RANGE_BLOCKABLE, vma, mm, start, end)
+    """A range before it is told. Whether a callback may sleep is not said here but by who tells."""
+    return MmuNotifierRange2019(event, flags, vma, mm, start, end)
 
 
 def mmu_notifier_range_blockable(range: MmuNotifierRange2019) -> bool:
-    """Whether a callback may sleep; only the reaper of a process out of memory forbids it."""
+    """Whether a callback may sleep."""
     return bool(range.flags & MMU_NOTIFIER_RANGE_BLOCKABLE)
 
 
@@ -138,19 +135,22 @@ class _Listener:
 
     def __init__(self, machine: Machine, ops: MmuNotifierOps, marks: bool) -> None:
         self.machine, self.ops, self.marks = machine, ops, marks
+        self.before: dict[int, int] = {}  # words of pages of which change_pte may tell
 
     @kernel("mm/mmu_notifier.c, 5.2", "mmu_notifier_invalidate_range_start")
     def invalidate_range_start(self, range: MmuNotifierRange) -> Routine[int]:
+        if raised_by(self.machine) in CHANGE_PTE_SITES:
+            self.before[int(range.start[0])] = self._word(range)
         answer = yield from _call(self.ops.invalidate_range_start(self._in_2019(range)))
         return -EAGAIN if answer == -EAGAIN and not range.blockable else 0
 
     @kernel("mm/mmu_notifier.c, 5.2", "mmu_notifier_invalidate_range_end")
     def invalidate_range_end(self, range: MmuNotifierRange) -> Routine[None]:
-        if _raised_by(self.machine) in CHANGE_PTE_SITES and hasattr(self.ops, "change_pte"):
-            # The word was set, and this callback made, before the end.
-            start, end = int(range.start[0]), int(range.end[-1])
-            words = read_range(self.machine, mm_root(self.machine, range.mm), start, end)
-            yield from _call(self.ops.change_pte(range.mm, start, int(words[0])))
+        if raised_by(self.machine) in CHANGE_PTE_SITES:
+            # The word was set, and this callback made, before the end; if it was set at all.
+            page, word = int(range.start[0]), self._word(range)
+            if self.before.pop(page, word) != word and hasattr(self.ops, "change_pte"):
+                yield from _call(self.ops.change_pte(range.mm, page, word))
         yield from _call(self.ops.invalidate_range_end(self._in_2019(range)))
 
     def release(self, mm: int) -> Routine[None]:
@@ -158,21 +158,20 @@ class _Listener:
         if hasattr(self.ops, "release"):
             yield from _call(self.ops.release(mm))
 
+    def _word(self, range: MmuNotifierRange) -> int:
+        page = int(range.start[0])
+        return int(read_range(self.machine, mm_root(self.machine, range.mm), page, page + 1)[0])
+
     def _in_2019(self, range: MmuNotifierRange) -> MmuNotifierRange2019:
         later = range.event > Event.SOFT_DIRTY
         event = MmuNotifierEvent.MMU_NOTIFY_CLEAR if later else MmuNotifierEvent(range.event)
-        marked = self.marks and _raised_by(self.machine) in CHANGE_PTE_SITES
+        marked = self.marks and raised_by(self.machine) in CHANGE_PTE_SITES
         flags = MMU_NOTIFIER_USE_CHANGE_PTE if marked else 0
         flags |= MMU_NOTIFIER_RANGE_BLOCKABLE if range.blockable else 0
         start, end = int(range.start[0]), int(range.end[-1])
-        return MmuNotifierRange2019(event, flags, range.vma, range.mm, start, end)
-
-
-def _raised_by(machine: Machine) -> str:
-    """The kernel function that raised the change of which a notifier is being told."""
-    outwards = machine.actor.stack[::-1]
-    raising = (name for name in outwards if "mmu_notifier_invalidate_range" not in name)
-    return next(raising, "")
+        # Of a migration to a device the mapping is said since 5.9 only.
+        vma = 0 if range.event is Event.MIGRATE else range.vma
+        return mmu_notifier_range_init(event, flags, vma, range.mm, start, end)
 
 
 def _call(answer: Any) -> Routine[Any]:

@@ -21,26 +21,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from hmmlab.model.entry import (
-    RW,
-    SWP_DEVICE_WRITE,
-    Bools,
-    Pfns,
-    Words,
-    is_device_private,
-    is_migration,
-    is_present,
-    is_swap_type,
-    is_swapped,
-    pfn_of,
-    swap_offset_pfn,
-    swap_type,
-)
+from hmmlab.model.entry import Bools, Pfns, Words, is_present
 from hmmlab.model.geometry import LEVEL_PAGES, PMD_PAGES, align_down
 from hmmlab.model.history.era import EAGAIN, EBUSY, EINVAL, ENOMEM, Era
 from hmmlab.model.history.fault import fault_pages
+from hmmlab.model.history.found import cannot_be_written, find, migration_entry_wait
 from hmmlab.model.history.mirror_2017 import hmm_register
-from hmmlab.model.history.ranges import TrackedRange, track, untrack
+from hmmlab.model.history.ranges import TrackedRange, range_done, track
 from hmmlab.model.history.struct_hmm import mirrors_of
 from hmmlab.model.machine import Machine, Routine, kernel
 from hmmlab.model.mm_types import VM_HUGETLB, VM_READ, VM_SPECIAL, VM_WRITE, Vma, mm_root, vma_at
@@ -61,6 +48,7 @@ __all__ = [
     "hmm_vma_fault",
     "hmm_vma_get_pfns",
     "hmm_vma_range_done",
+    "mirrored_hmm",
 ]
 
 HMM_PFN_VALID = 1 << 0
@@ -176,9 +164,7 @@ def hmm_vma_range_done(machine: Machine, vma: Vma, range: HmmRange) -> bool:
     ValueError
         For an empty range, where the kernel stops with BUG().
     """
-    if range.end <= range.start:
-        raise ValueError(f"range of pages {range.start:#x} to {range.end:#x} was never looked up")
-    return untrack(machine, range)
+    return range_done(machine, range)
 
 
 def _is_special(vma: Vma) -> bool:
@@ -189,16 +175,26 @@ def _begin(
     machine: Machine, vma: Vma, range: HmmRange, start: int, end: int, pfns: Words
 ) -> Routine[int]:
     """Check the arguments and track the range."""
-    if not (vma.start <= start < vma.end and vma.start <= end <= vma.end):
-        return -EINVAL
-    hmm = yield from hmm_register(machine, vma.mm, Era.V4_14)
-    if not hmm:
-        return -ENOMEM
-    if not mirrors_of(machine, hmm):
-        return -EINVAL
+    hmm = yield from mirrored_hmm(machine, vma, start, end, Era.V4_14)
+    if hmm < 0:
+        return hmm
     range.start, range.end, range.pfns = start, end, pfns
     track(machine, hmm, range, valid=True)
     return 0
+
+
+def mirrored_hmm(machine: Machine, vma: Vma, start: int, end: int, era: Era) -> Routine[int]:
+    """Row of the struct hmm under which pages of a mapping are looked up, until 5.1.
+
+    Returns -EINVAL where the pages leave the mapping or no mirror is registered, -ENOMEM when there
+    is no struct hmm.
+    """
+    if not (vma.start <= start < vma.end and vma.start <= end <= vma.end):
+        return -EINVAL
+    hmm = yield from hmm_register(machine, vma.mm, era)
+    if not hmm:
+        return -ENOMEM
+    return hmm if mirrors_of(machine, hmm) else -EINVAL
 
 
 # --- the walk -------------------------------------------------------------------------------------
@@ -249,49 +245,33 @@ def _walk_pmd(
     at = run.start + int(stops[0])
     range.pfns[range.part(run.start, at)] = answers[: stops[0]]
     if moving[stops[0]]:
-        yield machine.step(
-            "It waits until the migration of {range} ends.",
-            vma.mm,
-            at,
-            at + 1,
-            lock="migration_entry_wait",
-        )
+        yield migration_entry_wait(machine, vma.mm, at)
         return -EAGAIN, at
     first = max(run.start, align_down(at, PMD_PAGES))
     stop = min(run.stop, align_down(at, PMD_PAGES) + PMD_PAGES)
     range.pfns[range.part(first, stop)] = 0
     if how.write and not vma_at(machine, vma.row).flags & VM_WRITE and is_present(words).any():
-        yield machine.step(
-            "{range} cannot be written; it faults, and faults again.",
-            vma.mm,
-            at,
-            at + 1,
-            lock="the right to write",
-        )
+        yield cannot_be_written(machine, vma.mm, at, at + 1)
     return (yield from _fault(machine, vma, first, stop, how.write)), first
 
 
 def _answers(words: Words, vma: Vma, how: _Walk) -> tuple[Words, Bools, Bools]:
     """The ``hmm_pfn_t`` of some words, which need a fault, and which are moving and waited for."""
-    present, swap = is_present(words), is_swap_type(words)
-    private = swap & is_device_private(words)
-    migration = swap & is_migration(words)
-    named = present | private
-    writable = np.where(private, swap_type(words) == SWP_DEVICE_WRITE, (words & RW) != 0) & named
-    frames = np.where(present, pfn_of(words), np.where(private, swap_offset_pfn(words), 0))
-    flags = np.where(writable, np.uint64(HMM_PFN_WRITE), np.uint64(0))
-    flags |= np.where(private, np.uint64(HMM_PFN_DEVICE_UNADDRESSABLE), np.uint64(0))
+    found = find(words)
+    named = found.present | found.private
+    flags = np.where(found.writable, np.uint64(HMM_PFN_WRITE), np.uint64(0))
+    flags |= np.where(found.private, np.uint64(HMM_PFN_DEVICE_UNADDRESSABLE), np.uint64(0))
     flags |= np.uint64(HMM_PFN_READ if vma.flags & VM_READ else 0)
-    answers = np.where(named, hmm_pfn_t_from_pfn(frames) | flags, np.uint64(0))
+    answers = np.where(named, hmm_pfn_t_from_pfn(found.frames) | flags, np.uint64(0))
     answers = np.where(words == 0, np.uint64(HMM_PFN_EMPTY), answers)
-    swapped = is_swapped(words)
-    odd = swap & ~private & ~migration & ~swapped
-    answers = np.where(odd, np.uint64(HMM_PFN_ERROR), answers)
-    lacking = (words == 0) | swapped
+    answers = np.where(found.odd, np.uint64(HMM_PFN_ERROR), answers)
+    if not how.fault:
+        nothing = np.zeros(words.size, np.bool_)
+        return answers, nothing, nothing
+    lacking = (words == 0) | found.swapped
     if how.write:
-        lacking |= named & ~writable
-    nothing = np.zeros(words.size, np.bool_)
-    return answers, lacking if how.fault else nothing, migration if how.fault else nothing
+        lacking |= named & ~found.writable
+    return answers, lacking, found.moving
 
 
 def _fault(machine: Machine, vma: Vma, start: int, stop: int, write: bool) -> Routine[int]:

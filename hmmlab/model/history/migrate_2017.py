@@ -92,8 +92,8 @@ def migrate_vma(
     vma: Vma | None,
     start: int,
     end: int,
-    src: Words,
-    dst: Words,
+    src: Words | None,
+    dst: Words | None,
     private: Any = None,
 ) -> Routine[int]:
     """Migrate pages ``start`` to ``end - 1``; the caller holds the mmap_lock.
@@ -104,13 +104,13 @@ def migrate_vma(
     Returns
     -------
     0, however many have moved; -EINVAL where the mapping is missing, hugetlb or special, the range
-    is empty or not inside it, or there are no callbacks.
+    is empty or not inside it, or the callbacks or an array are missing.
     """
     if vma is None or vma.flags & (VM_HUGETLB | VM_SPECIAL):
         return -EINVAL
     if not (vma.start <= start < vma.end and vma.start < end <= vma.end):
         return -EINVAL
-    if ops is None or start >= end:
+    if ops is None or src is None or dst is None or start >= end:
         return -EINVAL
     migrate = MigrateVma(
         vma,

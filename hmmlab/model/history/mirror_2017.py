@@ -9,6 +9,7 @@ Functions answer as theirs did: 0 or a negative errno.
 from __future__ import annotations
 
 from hmmlab.model.history.era import EINVAL, ENOMEM, Era
+from hmmlab.model.history.ranges import ranges_of
 from hmmlab.model.history.struct_hmm import (
     Hmm,
     HmmMirror,
@@ -46,8 +47,10 @@ def kmalloc(state: State) -> bool:
 def hmm_register(machine: Machine, mm: int, era: Era = Era.APRIL_2017) -> Routine[int]:
     """Row of the struct hmm of an address space, which is made when there is none.
 
-    Returns 0 when that failed, for whatever reason. Two may make one at once; then the first to
-    publish it wins, and the other gives his own up.
+    Returns 0 when that failed, for whatever reason; in 5.4, which has ``mmu_notifier_get`` instead,
+    a negative errno that says the reason. Two may make one at once; then the first to publish it
+    wins, and the other gives his own up. It is published when its notifier is registered; from 4.20
+    to 5.2 before that ("fix race between hmm_mirror_unregister() and mmu_notifier callback").
 
     Raises
     ------
@@ -62,18 +65,21 @@ def hmm_register(machine: Machine, mm: int, era: Era = Era.APRIL_2017) -> Routin
     if hmm:  # of an address space that is gone
         free_hmm(machine, hmm)
     if not kmalloc(machine):
-        return 0
+        return -ENOMEM if era is Era.V5_4 else 0
     hmm = machine.take("hmm.era")
     listener = Hmm.of_era[era](machine, era, hmm)
     machine.objects.setdefault("hmm", {})[hmm] = listener
     machine.write("hmm.era", hmm, era)
     machine.write("hmm.mirrors_lock", hmm, machine.new_lock("the mirrors_sem"))
+    if Era.V4_20 <= era < Era.V5_3:
+        machine.write("hmm.mm", hmm, mm)
     try:
         notifier = yield from mmu_notifier_register(machine, mm, listener)
-    except KernelError:
+    except KernelError as error:
         free_hmm(machine, hmm)
-        return 0
-    if winner := hmm_of(machine, mm):
+        return -error.errno if era is Era.V5_4 else 0
+    winner = hmm_of(machine, mm)
+    if winner and winner != hmm:
         yield from mmu_notifier_unregister(machine, notifier)
         free_hmm(machine, hmm)
         return _same_era(machine, winner, era)
@@ -83,8 +89,10 @@ def hmm_register(machine: Machine, mm: int, era: Era = Era.APRIL_2017) -> Routin
 
 
 def _listens(machine: Machine, hmm: int) -> bool:
-    """Whether the notifier of a struct hmm is still registered."""
+    """Whether the notifier of a struct hmm is still registered, or about to be."""
     notifier = int(machine["hmm.notifier"][hmm])
+    if not notifier:
+        return True
     listener = machine.objects["notifier"].get(notifier)
     return bool(machine["notifier.mm"][notifier]) and listener is machine.objects["hmm"][hmm]
 
@@ -107,7 +115,7 @@ def hmm_mirror_register(
     Returns
     -------
     0; -EINVAL where the mirror, its callbacks or the address space is missing; -ENOMEM when there
-    is no struct hmm, whatever the true cause.
+    is no struct hmm, whatever the true cause, which only 5.4 tells.
     """
     if not mm or mirror is None or mirror.ops is None:
         return -EINVAL
@@ -115,19 +123,19 @@ def hmm_mirror_register(
     yield from machine.down_write(lock)
     try:
         hmm = yield from hmm_register(machine, mm, era)
+        if hmm <= 0:
+            return hmm or -ENOMEM
+        while machine["hmm.forgot_mm"][hmm]:  # 4.17: "it is about to be destroyed, try again"
+            yield machine.step("It tries again, for hmm->mm is empty.", mm, lock="an empty hmm->mm")
+        mirrors = int(machine["hmm.mirrors_lock"][hmm])
+        yield from machine.down_write(mirrors)
+        mirror.hmm, mirror.row = hmm, machine.take("hmm_mirror.hmm")
+        machine.write("hmm_mirror.hmm", mirror.row, hmm)
+        machine.write("hmm_mirror.order", mirror.row, int(machine["hmm_mirror.order"].max()) + 1)
+        machine.objects.setdefault("hmm_mirror", {})[mirror.row] = mirror
+        machine.up_write(mirrors)
     finally:
         machine.up_write(lock)
-    if not hmm:
-        return -ENOMEM
-    while machine["hmm.forgot_mm"][hmm]:  # 4.17: "it is about to be destroyed, try again"
-        yield machine.step("It tries again, for hmm->mm is empty.", mm, lock="an empty hmm->mm")
-    mirrors = int(machine["hmm.mirrors_lock"][hmm])
-    yield from machine.down_write(mirrors)
-    mirror.hmm, mirror.row = hmm, machine.take("hmm_mirror.hmm")
-    machine.write("hmm_mirror.hmm", mirror.row, hmm)
-    machine.write("hmm_mirror.order", mirror.row, int(machine["hmm_mirror.order"].max()) + 1)
-    machine.objects.setdefault("hmm_mirror", {})[mirror.row] = mirror
-    machine.up_write(mirrors)
     yield machine.step("The mirror is the first of the list now.", mm)
     return 0
 
@@ -137,9 +145,10 @@ def hmm_mirror_unregister(machine: Machine, mirror: HmmMirror) -> Routine[None]:
     """Take a mirror off the list.
 
     Until 4.16 that is all: the struct hmm and its notifier live as long as the address space.
-    Since 4.17 the last mirror takes them along. From 4.17 to 5.1 *every* mirror empties
-    ``hmm->mm`` as it goes; others that are still there then keep the struct hmm for ever, and
-    whoever wants to register one more tries again without end. A second call does nothing.
+    Since 4.17 the last mirror takes them along; in 5.2 and 5.3 the last mirror or range. From 4.17
+    to 5.1 *every* mirror empties ``hmm->mm`` as it goes; others that are still there then keep the
+    struct hmm for ever, and whoever wants to register one more tries again without end. A second
+    call does nothing.
     """
     if not mirror.row:
         return
@@ -149,6 +158,8 @@ def hmm_mirror_unregister(machine: Machine, mirror: HmmMirror) -> Routine[None]:
     yield from machine.down_write(mirrors)
     unlist(machine, mirror)
     last = not mirrors_of(machine, hmm)
+    if era in (Era.V5_2, Era.V5_3):
+        last &= not ranges_of(machine, hmm).size
     forgot = bool(machine["hmm.forgot_mm"][hmm])
     if Era.V4_17 <= era < Era.V5_2:
         machine.write("hmm.forgot_mm", hmm, 1)
@@ -157,6 +168,9 @@ def hmm_mirror_unregister(machine: Machine, mirror: HmmMirror) -> Routine[None]:
     machine.up_write(mirrors)
     yield machine.step("The mirror hears no more.", mm)
     if era >= Era.V4_17 and last and not forgot:
+        if era is Era.V4_17:  # mm->hmm is emptied first, and a change between is one too early
+            machine.write("hmm.mm", hmm, 0)
+            yield machine.step("mm->hmm is empty, and the notifier still registered.", mm)
         yield from mmu_notifier_unregister(machine, int(machine["hmm.notifier"][hmm]))
         free_hmm(machine, hmm)
 

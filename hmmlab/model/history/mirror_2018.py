@@ -51,13 +51,13 @@ class Hmm420(Hmm, eras=(Era.V4_20,)):
     @kernel("mm/hmm.c, 4.20", "hmm_invalidate_range_start")
     def invalidate_range_start(self, range: MmuNotifierRange) -> Routine[int]:
         """A change begins: mark what it touches, and tell every mirror. Returns 0 or -EAGAIN."""
-        invalidate_ranges(self.machine, self.row, range, wipe=True)
+        invalidate_ranges(self.machine, self.hmm(range.mm), range, wipe=True)
         return (yield from self.tell_mirrors(range, "before the change"))
 
     @kernel("mm/hmm.c, 4.20", "hmm_invalidate_range_end")
     def invalidate_range_end(self, range: MmuNotifierRange) -> Routine[None]:
         """The change is over: mark who has looked meanwhile, and tell no mirror."""
-        invalidate_ranges(self.machine, self.row, range, wipe=True)
+        invalidate_ranges(self.machine, self.hmm(range.mm), range, wipe=True)
         yield self.machine.step(
             "The change of {range} is over; no mirror is told.",
             range.mm,
@@ -77,55 +77,76 @@ class Hmm420(Hmm, eras=(Era.V4_20,)):
         return -EAGAIN if answer == -EAGAIN and not range.blockable else 0
 
 
-class Hmm52(Hmm420, eras=(Era.V5_2, Era.V5_3)):
-    """5.2 and 5.3: a count of running changes decides when ranges are valid again."""
+class Hmm52(Hmm420, eras=(Era.V5_2,)):
+    """5.2: a count of running changes decides when ranges are valid again."""
 
     @kernel("mm/hmm.c, 5.2", "hmm_invalidate_range_start")
     def invalidate_range_start(self, range: MmuNotifierRange) -> Routine[int]:
         """A change begins: count it, mark what it touches, and tell every mirror.
 
-        Returns 0 or -EAGAIN. After a refusal nobody calls the end, and the count stays one too
-        high until 5.4.
+        Returns 0; -EAGAIN where the change may not sleep, and the list of mirrors is being changed,
+        or, since 5.3, a mirror would have to sleep. After that nobody calls the end, and until 5.2
+        the count stays one too high.
         """
-        self.machine.add("hmm.notifiers", self.row, 1)
-        invalidate_ranges(self.machine, self.row, range, wipe=False)
-        refused = yield from self.tell_mirrors(range, "before the change")
-        if refused:
-            self.refused()
-        return refused
+        machine, hmm = self.machine, self.hmm(range.mm)
+        machine.add("hmm.notifiers", hmm, 1)
+        invalidate_ranges(machine, hmm, range, wipe=False)
+        if not range.blockable and machine.holders(int(machine["hmm.mirrors_lock"][hmm]))[0]:
+            answer = -EAGAIN
+        else:
+            answer = self.passed_on((yield from self.tell_mirrors(range, "before the change")))
+        if answer:
+            self.refused(hmm)
+        return answer
 
     @kernel("mm/hmm.c, 5.2", "hmm_invalidate_range_end")
     def invalidate_range_end(self, range: MmuNotifierRange) -> Routine[None]:
         """The change is over: when it was the last that ran, every range is valid again."""
-        self.decrement()
+        hmm = self.hmm(range.mm)
+        self.decrement(hmm)
         yield self.machine.step(
             "The change of {range} is over; "
-            f"{int(self.machine['hmm.notifiers'][self.row])} others still run.",
+            f"{int(self.machine['hmm.notifiers'][hmm])} others still run.",
             range.mm,
             int(range.start[0]),
             int(range.end[-1]),
         )
 
-    def refused(self) -> None:
-        """A mirror refused: the count is left as it is."""
+    def passed_on(self, answer: int) -> int:
+        """What becomes of a mirror's refusal: it is lost, and the change happens all the same.
 
-    def decrement(self) -> None:
+        The kernel keeps it in a second variable of the same name.
+        """
+        return 0
+
+    def refused(self, hmm: int) -> None:
+        """The change is refused: the count is left as it is."""
+
+    def decrement(self, hmm: int) -> None:
         """One change less; at none, all ranges are valid, whatever has happened to them."""
         machine = self.machine
-        machine.add("hmm.notifiers", self.row, -1)
-        rows = ranges_of(machine, self.row)
-        if not machine["hmm.notifiers"][self.row] and rows.size:
+        machine.add("hmm.notifiers", hmm, -1)
+        rows = ranges_of(machine, hmm)
+        if not machine["hmm.notifiers"][hmm] and rows.size:
             machine.write("hmm_range.valid", rows, 1)
 
 
-class Hmm54(Hmm52, eras=(Era.V5_4,)):
-    """5.4: the callback gets the notifier's own range, and a refusal is counted back."""
+class Hmm53(Hmm52, eras=(Era.V5_3,)):
+    """5.3: a refusal is passed on and counted back ("Fix error flows", June 2019)."""
+
+    def passed_on(self, answer: int) -> int:
+        """What becomes of a mirror's refusal."""
+        return answer
+
+    def refused(self, hmm: int) -> None:
+        """The change does not happen, so it is no longer counted."""
+        self.decrement(hmm)
+
+
+class Hmm54(Hmm53, eras=(Era.V5_4,)):
+    """5.4: the callback gets the notifier's own range."""
 
     def call(self, mirror: HmmMirror, range: MmuNotifierRange) -> Any:
         """The mirror's callback, with the ``struct mmu_notifier_range``."""
         assert mirror.ops is not None
         return mirror.ops.sync_cpu_device_pagetables(mirror, range)
-
-    def refused(self) -> None:
-        """A mirror refused: the change does not happen, so it is no longer counted."""
-        self.decrement()

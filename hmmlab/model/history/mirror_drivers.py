@@ -52,8 +52,8 @@ class _MirrorDriver(EraDriver):
         yield from super().release_file()
 
     def counter(self) -> str:
-        """Changes so far until 4.19, changes that run since 5.2."""
-        which = "sequence" if self.era < Era.V4_20 else "notifiers"
+        """Changes so far, which 4.20 counts no more; since 5.2 changes that run."""
+        which = "sequence" if self.era < Era.V5_2 else "notifiers"
         value = self.machine[f"hmm.{which}"][hmm_of(self.machine, self.mm)]
         return f"hmm->{which} = {value}"
 
@@ -132,8 +132,6 @@ class Driver414(_MirrorDriver):
     """
 
     era = Era.V4_14
-    #: What a lookup answers when a fault has given the mmap_lock up.
-    dropped = -EBUSY
 
     def look(self, range: HmmRange) -> Routine[None]:
         """Look until the answer holds; the mmap_lock is held all the while."""
@@ -143,7 +141,7 @@ class Driver414(_MirrorDriver):
             answers = range.hmm_pfns.copy()
             parts: list[Callable[[], bool]] = []
             answer = yield from self._look_parts(range, parts)
-            if answer == self.dropped:  # the lock is gone
+            if answer == -EBUSY:  # a fault has given the lock up
                 self._done(parts)
                 continue
             if not answer:
@@ -200,19 +198,18 @@ class Driver414(_MirrorDriver):
 
 
 class Driver417(Driver414):
-    """4.17: the same with a range for argument, the driver's encoding, and -EAGAIN."""
+    """4.17: the same with a range for argument, and the driver's encoding."""
 
     era = Era.V4_17
-    dropped = -EAGAIN
 
     def look_up(
         self, vma: Vma, start: int, end: int, range: HmmRange, words: Words
     ) -> Routine[tuple[int, Callable[[], bool]]]:
         """Each page says itself what it wants."""
         machine, tracked = self.machine, in_2018(range)
-        tracked.start, tracked.end = start, end
+        tracked.start, tracked.end, tracked.vma = start, end, vma
         tracked.pfns = np.full(end - start, tracked.default_flags, np.uint64)
-        answer = yield from lookup_2018.hmm_vma_fault(machine, vma, tracked, True, self.era)
+        answer = yield from lookup_2018.hmm_vma_fault(machine, tracked, True, self.era)
 
         def done() -> bool:
             words[:] = _answered(tracked)
@@ -249,7 +246,7 @@ class Driver52(_MirrorDriver):
         )
 
     def look(self, range: HmmRange) -> Routine[None]:
-        """Look until the range is valid; the mmap_lock is held all the while."""
+        """Look until the range is valid; wait for that without the mmap_lock."""
         machine, lock = self.machine, mm_lock(self.machine, self.mm)
         asked = in_2018(range)
         answer = yield from self.register(asked)
@@ -257,32 +254,34 @@ class Driver52(_MirrorDriver):
         if answer:
             raise self.refuse(range, answer)
         try:
-            yield from machine.down_read(lock)
+            yield from self._wait(asked)
             while True:
-                valid = yield from range_2019.hmm_range_wait_until_valid(machine, asked)
-                self.note("hmm_range_wait_until_valid", valid)
+                yield from machine.down_read(lock)
                 answer = yield from self.fault(asked)
                 self.note("hmm_range_fault", answer)
-                if answer == -EAGAIN:  # the lock is gone
-                    yield from machine.down_read(lock)
-                    continue
-                if answer == -EBUSY:
-                    continue
                 if answer < 0:
-                    machine.up_read(lock)
-                    raise self.refuse(range, answer)
+                    if answer != -EAGAIN:  # else the lock is gone
+                        machine.up_read(lock)
+                    if answer not in (-EAGAIN, -EBUSY):
+                        raise self.refuse(range, answer)
+                    yield from self._wait(asked)
+                    continue
                 yield from self.looked(range)
                 yield from machine.down_write(self.lock)
                 valid = range_2019.hmm_range_valid(machine, asked)
                 self.note("hmm_range_valid", valid)
+                machine.up_read(lock)
                 if valid:
                     break
                 machine.up_write(self.lock)
-            machine.up_read(lock)
         finally:
             range_2019.hmm_range_unregister(machine, asked)
             self.note("hmm_range_unregister")
         range.hmm_pfns[:] = _answered(asked)
+
+    def _wait(self, asked: HmmRange2018) -> Routine[None]:
+        valid = yield from range_2019.hmm_range_wait_until_valid(self.machine, asked)
+        self.note("hmm_range_wait_until_valid", valid)
 
 
 class Driver53(Driver52):

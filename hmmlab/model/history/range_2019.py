@@ -7,16 +7,21 @@ and ended in between leaves no mark (the hole that 5.5's sequence numbers close)
 
 How a lookup says that the range is not valid, and whether the mmap_lock is held then:
 
-====================  ==========================  =====================  ==================
-                      5.2                         5.3                    5.4
-====================  ==========================  =====================  ==================
-fault, at its start   -EAGAIN, lock given up      -EBUSY, held           -EBUSY, held
-fault, after a walk   -EBUSY, held                -EBUSY, held           -EBUSY, held
-snapshot              -EAGAIN, held               -EBUSY, held           a flag of the fault
-a fault must wait     -EAGAIN, lock given up      -EAGAIN, lock given up  the same, if allowed
-====================  ==========================  =====================  ==================
+====================  ======================  =============================  ==================
+                      5.2                     5.3                            5.4
+====================  ======================  =============================  ==================
+fault, at its start   -EAGAIN, lock given up  -EBUSY, held                   -EBUSY, held
+fault, after a walk   -EBUSY, held            -EBUSY, held                   -EBUSY, held
+snapshot              -EAGAIN, held           -EBUSY, held                   a flag of the fault
+a fault must wait     -EAGAIN, lock given up  the same, unless it may block  the same, if allowed
+====================  ======================  =============================  ==================
 
-Lookups return how many pages they have answered, or a negative errno. Functions take page numbers.
+Lookups return how many pages they have answered, or a negative errno. It is not a number to rely
+on: a range that ends in pages without a page table counts less
+(:func:`~hmmlab.model.history.walk_2018.walk_vma`). Functions take page numbers.
+
+Since 5.3 a registered range keeps the address space alive (``mmget``), so that there is no range
+to look at when it ends. Here nothing is kept alive: unregister before the process ends.
 
 Left out is a ``page_shift`` above that of a page: it made one entry of ``pfns`` of each huge page,
 and no driver asked for it.
@@ -30,7 +35,7 @@ from hmmlab.model.geometry import PAGE_SHIFT
 from hmmlab.model.history.era import EAGAIN, EBUSY, EFAULT, EINVAL, EPERM, Era
 from hmmlab.model.history.mirror_2017 import hmm_register
 from hmmlab.model.history.ranges import is_valid, track, untrack
-from hmmlab.model.history.struct_hmm import HmmMirror
+from hmmlab.model.history.struct_hmm import HmmMirror, hmm_put
 from hmmlab.model.history.walk_2018 import (
     HmmPfnValue,
     HmmRange,
@@ -46,6 +51,7 @@ from hmmlab.model.mm_types import (
     VM_READ,
     Vma,
     find_vma,
+    mm_is_alive,
     mm_lock,
 )
 
@@ -96,7 +102,8 @@ def hmm_range_register(
     Returns
     -------
     0; -EINVAL where the range is empty, or its edges are not multiples of ``2**page_shift`` bytes;
-    -EFAULT where the address space is dying or no struct hmm can be had.
+    -EFAULT where the address space is dying, or since 5.3 has no user, or where no struct hmm can
+    be had.
 
     Raises
     ------
@@ -108,26 +115,31 @@ def hmm_range_register(
         if era not in (Era.V5_3, Era.V5_4):
             what = era.label if era else "one that is registered with nothing"
             raise ValueError(f"the mirror is {what}; only 5.3 and 5.4 take one")
-        hmm = of.hmm
         if (start is None) != (era is Era.V5_4) or (end is None) != (era is Era.V5_4):
             raise ValueError("5.3 takes start and end; since 5.4 they stand in the range")
-    else:
-        hmm = yield from hmm_register(machine, of, Era.V5_2)
     start, end = range.start if start is None else start, range.end if end is None else end
     pages = 1 << max(page_shift - PAGE_SHIFT, 0)
     if start % pages or end % pages or start >= end:
         return -EINVAL
-    if not hmm or machine["hmm.dead"][hmm]:
+    if isinstance(of, HmmMirror):
+        hmm = of.hmm
+    else:
+        hmm = yield from hmm_register(machine, of, Era.V5_2)
+    if not hmm or machine["hmm.dead"][hmm] or not mm_is_alive(machine, _mm_of(machine, hmm)):
         return -EFAULT
     range.start, range.end, range.hmm = start, end, hmm
     track(machine, hmm, range, valid=not machine["hmm.notifiers"][hmm])
-    yield machine.step("The range {range} is registered.", int(machine["hmm.mm"][hmm]), start, end)
+    yield machine.step("The range {range} is registered.", _mm_of(machine, hmm), start, end)
     return 0
 
 
 def hmm_range_unregister(machine: Machine, range: HmmRange) -> None:
-    """End the tracking; the range is not valid any more."""
+    """End the tracking; the range is not valid any more.
+
+    In 5.2 and 5.3 a range holds the struct hmm as a mirror does; who goes last takes it along.
+    """
     untrack(machine, range)
+    hmm_put(machine, range.hmm)
 
 
 def hmm_range_valid(machine: Machine, range: HmmRange) -> bool:
@@ -142,11 +154,11 @@ def hmm_range_wait_until_valid(
     """Wait until the range is valid, the address space dies, or the time is over.
 
     ``timeout`` is in milliseconds; here one of them is one turn of the others. Returns whether the
-    range is valid, and False at once where the address space is dying.
+    range is valid, and in 5.2 False at once where the address space is dying.
     """
+    mm = _mm_of(machine, range.hmm)
     while timeout > 0 and not is_valid(machine, range) and not machine["hmm.dead"][range.hmm]:
         timeout -= 1
-        mm = int(machine["hmm.mm"][range.hmm])
         yield machine.step("It waits until no change runs.", mm, range.start, range.end)
     return is_valid(machine, range)
 
@@ -161,9 +173,9 @@ def hmm_range_snapshot(machine: Machine, range: HmmRange) -> Routine[int]:
     Returns
     -------
     How many pages were answered, short where something odd ended the walk; -EFAULT where there is
-    no mapping at or above a page, or it is one of device memory, or the address space is dying;
-    -EPERM where a page cannot be read, and then all pfns are NONE; -EAGAIN (5.2) or -EBUSY (5.3)
-    where the range is not valid.
+    no mapping at or above a page, or it is one of device memory, or in 5.2 the address space is
+    dying; -EPERM where a page cannot be read, and then all pfns are NONE; -EAGAIN (5.2) or -EBUSY
+    (5.3) where the range is not valid.
 
     Raises
     ------
@@ -185,8 +197,9 @@ def hmm_range_snapshot(machine: Machine, range: HmmRange) -> Routine[int]:
             return refused
         end = min(range.end, vma.end)
         if vma.start > at:
-            walk_gap(range, at, min(range.end, vma.start), how)
-            at = last = min(range.end, vma.start)
+            end = min(range.end, vma.start)
+            _, last = walk_gap(range, at, end, how)
+            at = end
             continue
         # What a walk answers is not looked at: it goes on with the next mapping.
         _, last = yield from walk_vma(machine, range, vma, at, end, how)
@@ -201,8 +214,8 @@ def hmm_range_fault(machine: Machine, range: HmmRange, how: bool | int) -> Routi
     Parameters
     ----------
     how
-        ``block`` in 5.2 and 5.3, which does nothing, for a fault may always give the lock up;
-        HMM_FAULT_* flags in 5.4.
+        ``block`` in 5.2, which does nothing, for a fault may always give the lock up; in 5.3, which
+        heeds it ("Only set FAULT_FLAG_ALLOW_RETRY for non-blocking"); HMM_FAULT_* flags in 5.4.
 
     Returns
     -------
@@ -214,14 +227,16 @@ def hmm_range_fault(machine: Machine, range: HmmRange, how: bool | int) -> Routi
     era = _era_of(machine, range)
     if machine["hmm.dead"][range.hmm]:
         return -EFAULT
-    flags = int(how) if era >= Era.V5_4 else HMM_FAULT_ALLOW_RETRY
-    walk = WalkHow(era, not flags & HMM_FAULT_SNAPSHOT, bool(flags & HMM_FAULT_ALLOW_RETRY))
-    at = range.start
+    since_5_4 = era >= Era.V5_4
+    snapshot = since_5_4 and bool(int(how) & HMM_FAULT_SNAPSHOT)
+    may_retry = bool(int(how) & HMM_FAULT_ALLOW_RETRY) if since_5_4 else era is Era.V5_2 or not how
+    walk = WalkHow(era, not snapshot, may_retry)
+    at = last = range.start
     while at < range.end:
         if not is_valid(machine, range):
             if era is not Era.V5_2:
                 return -EBUSY
-            machine.up_read(mm_lock(machine, int(machine["hmm.mm"][range.hmm])))
+            machine.up_read(mm_lock(machine, _mm_of(machine, range.hmm)))
             return -EAGAIN
         vma, refused = _vma(machine, range, at)
         if vma is None:
@@ -229,16 +244,16 @@ def hmm_range_fault(machine: Machine, range: HmmRange, how: bool | int) -> Routi
         end = min(range.end, vma.end)
         if vma.start > at:
             end = min(range.end, vma.start)
-            answer = walk_gap(range, at, end, walk)
-            at = at if answer else end
+            answer, last = walk_gap(range, at, end, walk)
         else:
-            answer, at = yield from walk_vma(machine, range, vma, at, end, walk)
+            answer, last = yield from walk_vma(machine, range, vma, at, end, walk)
         while answer == -EBUSY and is_valid(machine, range):
-            answer, at = yield from walk_vma(machine, range, vma, at, end, walk)
+            answer, last = yield from walk_vma(machine, range, vma, last, end, walk)
         if answer:
-            range.pfns[range.part(at, range.end)] = range.value(_NONE)
+            range.pfns[range.part(last, range.end)] = range.value(_NONE)
             return answer
-    return at - range.start
+        at = end
+    return last - range.start
 
 
 # --- the old names --------------------------------------------------------------------------------
@@ -263,7 +278,7 @@ def hmm_vma_fault(
     refused = yield from hmm_range_register(machine, range, of, range.start, range.end)
     if refused:
         return refused
-    lock = mm_lock(machine, int(machine["hmm.mm"][range.hmm]))
+    lock = mm_lock(machine, _mm_of(machine, range.hmm))
     if not (yield from hmm_range_wait_until_valid(machine, range)):
         machine.up_read(lock)
         return -EAGAIN
@@ -278,11 +293,18 @@ def hmm_vma_fault(
 
 def hmm_vma_range_done(machine: Machine, range: HmmRange) -> bool:
     """End the tracking. Returns whether the range is valid, which it is after every change."""
-    return untrack(machine, range)
+    valid = is_valid(machine, range)
+    hmm_range_unregister(machine, range)
+    return valid
 
 
 #: Mappings that no lookup of 5.2 and later touches.
 DEVICE_VMA = VM_IO | VM_PFNMAP | VM_MIXEDMAP
+
+
+def _mm_of(machine: Machine, hmm: int) -> int:
+    """``hmm->mm``."""
+    return int(machine["hmm.mm"][hmm])
 
 
 def _era_of(machine: Machine, range: HmmRange) -> Era:
@@ -300,7 +322,7 @@ def _era_of(machine: Machine, range: HmmRange) -> Era:
 
 def _vma(machine: Machine, range: HmmRange, at: int) -> tuple[Vma | None, int]:
     """The mapping of page ``at``, or the next one above it; or None and the error."""
-    vma = find_vma(machine, int(machine["hmm.mm"][range.hmm]), at)
+    vma = find_vma(machine, _mm_of(machine, range.hmm), at)
     if vma is None or vma.flags & DEVICE_VMA:
         return None, -EFAULT
     if not vma.flags & VM_READ:

@@ -2,18 +2,33 @@
 
 5.5 takes the mirrors away. A driver subscribes to an interval of the address space itself, reads a
 sequence number, looks, takes the lock of its own page table, and asks whether the number is still
-the same: a change that began and ended meanwhile has left its mark. What is looked at, and the
-driver's own encoding, stay as they were until 5.7.
+the same: a change that began and ended meanwhile has left its mark. The driver's own encoding stays
+as it was until 5.7.
 
-Lookups return how many pages they have answered, or a negative errno; since 5.8 it is 0, and since
-then only a lookup that returns -EBUSY has to say how far it came. Functions take page numbers.
+Since 5.5 one walk goes over all mappings ("mm/hmm: make full use of walk_page_range()"), and what
+stands in the pfns after an error has changed:
+
+=================  ============================  =====================================
+                   5.5, 5.6                      5.7
+=================  ============================  =====================================
+no mapping         NONE; -EFAULT if asked for    ERROR; -EFAULT if asked for
+device mapping     -EFAULT                       ERROR; -EFAULT if asked for
+not readable       NONE; -EFAULT if asked for    ERROR; -EFAULT if asked for
+a fault fails      -EFAULT, that page is ERROR   -EFAULT, and its pfn as it was
+write forbidden    -EPERM                        -EPERM
+after an error     the rest as it was            that page and the rest as they were
+=================  ============================  =====================================
+
+Lookups return how many pages they have answered, or a negative errno. As in 5.2, pages without a
+page table at the end of a range are not counted; nobody looked at the number, and since 5.8 it is
+0. Functions take page numbers.
 
 Source: mm/hmm.c of 5.5 and 5.7.
 """
 
 from __future__ import annotations
 
-from hmmlab.model.history.era import EBUSY, EFAULT, EPERM, Era
+from hmmlab.model.history.era import EBUSY, EFAULT, Era
 from hmmlab.model.history.range_2019 import (
     DEVICE_VMA,
     HMM_FAULT_ALLOW_RETRY,
@@ -37,35 +52,10 @@ def hmm_range_fault_5_5(machine: Machine, range: HmmRange, mm: int, flags: int =
     -------
     How many pages were answered; -EBUSY where the range was invalidated since ``read_begin``;
     -EAGAIN where a fault gave the mmap_lock up, which only HMM_FAULT_ALLOW_RETRY allows; -EFAULT
-    where there is no mapping, or one of device memory, or a fault fails; -EPERM where a page cannot
-    be read, and then all pfns are NONE, or a write is forbidden. After an error the pfns from the
-    failing page on are NONE.
+    and -EPERM as the table above says.
     """
-    none = range.value(HmmPfnValue.HMM_PFN_NONE)
     how = WalkHow(Era.V5_5, not flags & HMM_FAULT_SNAPSHOT, bool(flags & HMM_FAULT_ALLOW_RETRY))
-    at = range.start
-    while at < range.end:
-        if _changed(machine, range):
-            return -EBUSY
-        vma = find_vma(machine, mm, at)
-        if vma is None or vma.flags & DEVICE_VMA:
-            return -EFAULT
-        if not vma.flags & VM_READ:
-            range.pfns[:] = none
-            return -EPERM
-        end = min(range.end, vma.end)
-        if vma.start > at:
-            end = min(range.end, vma.start)
-            answer = walk_gap(range, at, end, how)
-            at = at if answer else end
-        else:
-            answer, at = yield from walk_vma(machine, range, vma, at, end, how)
-        while answer == -EBUSY and not _changed(machine, range):
-            answer, at = yield from walk_vma(machine, range, vma, at, end, how)
-        if answer:
-            range.pfns[range.part(at, range.end)] = none
-            return answer
-    return at - range.start
+    return (yield from _walk_until_done(machine, range, mm, how))
 
 
 @kernel("mm/hmm.c, 5.7", "hmm_range_fault")
@@ -78,26 +68,47 @@ def hmm_range_fault_5_7(machine: Machine, range: HmmRange, mm: int) -> Routine[i
     Returns
     -------
     How many pages were answered; -EBUSY where the range was invalidated since ``read_begin``;
-    -EFAULT where a page is asked for that cannot be had; -EPERM where a write is forbidden. After
-    an error the pfns from the failing page on are as they were.
+    -EFAULT and -EPERM as the table above says.
     """
-    walk = WalkHow(Era.V5_7, fault=True)
-    at = range.start
-    while at < range.end:
+    return (yield from _walk_until_done(machine, range, mm, WalkHow(Era.V5_7, fault=True)))
+
+
+def _walk_until_done(machine: Machine, range: HmmRange, mm: int, how: WalkHow) -> Routine[int]:
+    """Walk, and walk on from where something was faulted, as long as the range is not changed."""
+    answer, last = -EBUSY, range.start
+    while answer == -EBUSY:
         if _changed(machine, range):
             return -EBUSY
+        answer, last = yield from _walk(machine, range, mm, last, how)
+    return answer or last - range.start
+
+
+def _walk(
+    machine: Machine, range: HmmRange, mm: int, start: int, how: WalkHow
+) -> Routine[tuple[int, int]]:
+    """Walk from page ``start`` on; returns the answer and ``hmm_vma_walk->last``."""
+    at = last = start
+    while at < range.end:  # over mappings and gaps
         vma = find_vma(machine, mm, at)
-        if vma is None or vma.start > at or vma.flags & DEVICE_VMA or not vma.flags & VM_READ:
-            end = range.end if vma is None else vma.start if vma.start > at else vma.end
-            end = min(end, range.end)
-            if refused := walk_gap(range, at, end, walk):
-                return refused
-            at = end
-            continue
-        answer, at = yield from walk_vma(machine, range, vma, at, min(range.end, vma.end), walk)
-        if answer not in (0, -EBUSY):
-            return answer
-    return at - range.start
+        if vma is None or vma.start > at:
+            end = range.end if vma is None else min(range.end, vma.start)
+            answer, hole = walk_gap(range, at, end, how)
+            if how.era < Era.V5_7:
+                last = hole
+                if answer:
+                    range.pfns[range.part(at, at + 1)] = range.value(HmmPfnValue.HMM_PFN_ERROR)
+        elif vma.flags & DEVICE_VMA or not vma.flags & VM_READ:  # hmm_vma_walk_test
+            last = end = min(range.end, vma.end)
+            answer, _ = walk_gap(range, at, end, how)
+            if vma.flags & DEVICE_VMA and how.era < Era.V5_7:
+                answer = -EFAULT
+        else:
+            end = min(range.end, vma.end)
+            answer, last = yield from walk_vma(machine, range, vma, at, end, how)
+        if answer:
+            return answer, last
+        at = end
+    return 0, last
 
 
 def _changed(machine: Machine, range: HmmRange) -> bool:

@@ -14,7 +14,15 @@ from hmmlab.model.machine import Machine
 from hmmlab.model.mmu_notifier import MmuNotifierRange
 from hmmlab.model.state import State
 
-__all__ = ["TrackedRange", "invalidate_ranges", "is_valid", "ranges_of", "track", "untrack"]
+__all__ = [
+    "TrackedRange",
+    "invalidate_ranges",
+    "is_valid",
+    "range_done",
+    "ranges_of",
+    "track",
+    "untrack",
+]
 
 Machine.declare("hmm_range.hmm", np.int32, "4.14: struct hmm that tracks the range; 0 is free")
 Machine.declare("hmm_range.start", np.int64, "4.14: first page of the range")
@@ -76,6 +84,19 @@ def untrack(machine: Machine, range: TrackedRange) -> bool:
             machine.write(f"hmm_range.{column}", range.row, 0)
         range.row = 0
     return valid
+
+
+def range_done(machine: Machine, range: TrackedRange) -> bool:
+    """Take a range off the list, as ``hmm_vma_range_done`` of 4.14 to 5.1 does.
+
+    Raises
+    ------
+    ValueError
+        For an empty range, where the kernel stops with BUG().
+    """
+    if range.end <= range.start:
+        raise ValueError(f"range of pages {range.start:#x} to {range.end:#x} was never looked up")
+    return untrack(machine, range)
 
 
 def ranges_of(state: State, hmm: int) -> np.ndarray:

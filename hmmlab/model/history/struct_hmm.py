@@ -5,7 +5,9 @@ notifier. Here is what it does with a change
 
 - in the patch of April 2017 ("mm/hmm/mirror: mirror process address space on device with HMM
   helpers", v2): a start only counts; the mirrors' callbacks run at the end, after the page table
-  has changed. The number is counted and never read: it could not tell a reader to look again.
+  has changed. Where a single page changes there is no start and no end but ``invalidate_page``,
+  which does both at once. The number is counted and never read: it could not tell a reader to look
+  again.
 - as merged in 4.14: the same, and the ranges that somebody has looked up and not yet done with are
   marked as changed, at the end too.
 
@@ -23,6 +25,7 @@ import numpy as np
 
 from hmmlab.model.history.era import Era
 from hmmlab.model.history.ranges import invalidate_ranges, ranges_of
+from hmmlab.model.history.sites import INVALIDATE_PAGE_SITES, raised_by
 from hmmlab.model.machine import Machine, Routine, kernel
 from hmmlab.model.mmu_notifier import MmuNotifierRange
 from hmmlab.model.state import State
@@ -35,6 +38,7 @@ __all__ = [
     "free_hmm",
     "hmm_mm_destroy",
     "hmm_of",
+    "hmm_put",
     "hmm_sequence",
     "mirrors_of",
     "unlist",
@@ -112,17 +116,27 @@ class Hmm:
         super().__init_subclass__()
         Hmm.of_era.update(dict.fromkeys(eras, cls))
 
-    @kernel("mm/hmm.c, 2017", "hmm_invalidate_range_start")
     def invalidate_range_start(self, range: MmuNotifierRange) -> Routine[int]:
-        """A change begins: count it, and tell no mirror."""
+        """A change begins: count it, and tell no mirror. Nobody hears of a single page yet."""
+        if raised_by(self.machine) not in INVALIDATE_PAGE_SITES:
+            yield from self._start(range)
+        return 0
+
+    def invalidate_range_end(self, range: MmuNotifierRange) -> Routine[None]:
+        """The change is over: tell every mirror. Of a single page nobody was told before."""
+        if raised_by(self.machine) in INVALIDATE_PAGE_SITES:
+            yield from self.invalidate_page(range)
+        else:
+            yield from self._end(range)
+
+    @kernel("mm/hmm.c, 2017", "hmm_invalidate_range_start")
+    def _start(self, range: MmuNotifierRange) -> Routine[None]:
         yield from self._count(
             range, "hmm counts one more update: {range}. It tells no mirror yet."
         )
-        return 0
 
     @kernel("mm/hmm.c, 2017", "hmm_invalidate_range_end")
-    def invalidate_range_end(self, range: MmuNotifierRange) -> Routine[None]:
-        """The change is over: tell every mirror."""
+    def _end(self, range: MmuNotifierRange) -> Routine[None]:
         yield from self.tell_mirrors(range, "after the change")
 
     @kernel("mm/hmm.c, 2017", "hmm_invalidate_page")
@@ -132,17 +146,35 @@ class Hmm:
         yield from self.tell_mirrors(range, "after the change")
 
     def _count(self, range: MmuNotifierRange, text: str) -> Routine[None]:
-        self.machine.add("hmm.sequence", self.row, 1)
+        self.machine.add("hmm.sequence", self.hmm(range.mm), 1)
         yield self.machine.step(text, range.mm, int(range.start[0]), int(range.end[-1]))
+
+    def hmm(self, mm: int) -> int:
+        """Row of ``mm->hmm``: the callbacks ask for it until 5.2, and take it for their own.
+
+        While two register at once, so that both have a notifier, one struct hmm hears all twice.
+
+        Raises
+        ------
+        ValueError
+            Where there is none, where the kernel stops with VM_BUG_ON(): until 4.19 a change can be
+            told before it is published, and after it is taken away.
+        """
+        if self.era >= Era.V5_3:
+            return self.row
+        hmm = hmm_of(self.machine, mm)
+        if not hmm:
+            raise ValueError(f"address space {mm} has a notifier of HMM and no struct hmm: a BUG")
+        return hmm
 
     def tell_mirrors(self, range: MmuNotifierRange, when: str) -> Routine[int]:
         """Call every mirror, the newest first. Returns 0, or what the first to refuse said."""
-        machine = self.machine
-        lock = int(machine["hmm.mirrors_lock"][self.row])
+        machine, hmm = self.machine, self.hmm(range.mm)
+        lock = int(machine["hmm.mirrors_lock"][hmm])
         yield from machine.down_read(lock)
         refused = 0
         start, end = int(range.start[0]), int(range.end[-1])
-        for mirror in mirrors_of(machine, self.row):
+        for mirror in mirrors_of(machine, hmm):
             answer = self.call(mirror, range)
             if isinstance(answer, Generator):
                 answer = yield from answer
@@ -173,24 +205,37 @@ class Hmm:
     def release(self, mm: int) -> Routine[None]:
         """The address space is about to be torn down: tell every mirror that wants to know.
 
-        Until 4.16 nobody does, and until 5.3 each mirror is off the list when it is called. From
-        5.2 on no range is valid any more and none can be registered; before, that is the end of
-        the struct hmm.
+        Until 4.16 nobody does. Until 5.2 one mirror after another is taken off the list and called
+        without the mirrors_sem; since 5.3 all stay, and it is held for reading, so that none may
+        unregister itself then. In 5.2 no range is valid any more and none can be registered;
+        before, that is the end of the struct hmm. Since 5.3 there are no ranges at that time, for
+        each keeps the address space alive.
         """
         machine = self.machine
-        if self.era >= Era.V5_2:
+        lock = int(machine["hmm.mirrors_lock"][self.row])
+        if self.era is Era.V5_2:
             machine.write("hmm.dead", self.row, 1)
             machine.write("hmm_range.valid", ranges_of(machine, self.row), 0)
-        for mirror in mirrors_of(machine, self.row) if self.era >= Era.V4_17 else []:
-            if self.era < Era.V5_4:
-                unlist(machine, mirror)
-            release = getattr(mirror.ops, "release", None)
-            answer = release(mirror) if release else None
-            if isinstance(answer, Generator):
-                yield from answer
-            yield machine.step("release: a mirror hears that the address space goes away.", mm)
+        if self.era >= Era.V5_3:
+            yield from machine.down_read(lock)
+            for mirror in mirrors_of(machine, self.row):
+                yield from self._release(mirror, mm)
+            machine.up_read(lock)
+        elif self.era >= Era.V4_17:
+            while mirrors := mirrors_of(machine, self.row):
+                yield from machine.down_write(lock)
+                unlist(machine, mirrors[0])
+                machine.up_write(lock)
+                yield from self._release(mirrors[0], mm)
         if self.era < Era.V5_2:
             hmm_mm_destroy(machine, mm)
+
+    def _release(self, mirror: HmmMirror, mm: int) -> Routine[None]:
+        release = getattr(mirror.ops, "release", None)
+        answer = release(mirror) if release else None
+        if isinstance(answer, Generator):
+            yield from answer
+        yield self.machine.step("release: a mirror hears that the address space goes away.", mm)
 
 
 Hmm.of_era[Era.APRIL_2017] = Hmm
@@ -199,10 +244,15 @@ Hmm.of_era[Era.APRIL_2017] = Hmm
 class Hmm414(Hmm, eras=(Era.V4_14, Era.V4_17)):
     """4.14 to 4.19: the end also marks the tracked ranges; there is no ``invalidate_page``."""
 
+    def invalidate_range_start(self, range: MmuNotifierRange) -> Routine[int]:
+        """A change begins: count it, and tell no mirror."""
+        yield from self._start(range)
+        return 0
+
     @kernel("mm/hmm.c, 4.14", "hmm_invalidate_range_end")
     def invalidate_range_end(self, range: MmuNotifierRange) -> Routine[None]:
         """The change is over: mark the ranges that it touches, then tell every mirror."""
-        invalidate_ranges(self.machine, self.row, range, wipe=True)
+        invalidate_ranges(self.machine, self.hmm(range.mm), range, wipe=True)
         yield from self.tell_mirrors(range, "after the change")
 
 
@@ -237,6 +287,14 @@ def unlist(machine: Machine, mirror: HmmMirror) -> None:
 def hmm_mm_destroy(machine: Machine, mm: int) -> None:
     """The address space is gone, and its struct hmm with it."""
     if hmm := hmm_of(machine, mm):
+        machine.write("notifier.mm", int(machine["hmm.notifier"][hmm]), 0)
+        free_hmm(machine, hmm)
+
+
+def hmm_put(machine: Machine, hmm: int) -> None:
+    """Let a struct hmm go that no mirror and no range holds any more; counted so in 5.2 and 5.3."""
+    counted = machine["hmm.era"][hmm] in (Era.V5_2, Era.V5_3)
+    if counted and not mirrors_of(machine, hmm) and not ranges_of(machine, hmm).size:
         machine.write("notifier.mm", int(machine["hmm.notifier"][hmm]), 0)
         free_hmm(machine, hmm)
 

@@ -3,16 +3,21 @@
 - 6.15: breaking a device-exclusive entry is a CLEAR (:func:`event_since_6_15`).
 - 6.16: an hmm_pfn has three more flags, which stay from the request to the answer, and its order
   lies lower (:func:`hmm_pfns_since_6_16`, :func:`hmm_range_fault`). A fault's own error is passed
-  on.
+  on. :mod:`~hmmlab.model.history.dma_today` is what the flags are for.
 - 6.19: a huge page may migrate whole: its first src entry says so, the others are 0
-  (:func:`migrate_pfns_since_6_19`).
+  (:func:`migrate_pfns_since_6_19`), where MIGRATE_VMA_SELECT_COMPOUND asks for it.
 
     hmm_pfn since 6.16
     bit 63 VALID     bit 61 ERROR          bit 59 P2PDMA        bits 53-57 order
     bit 62 WRITE     bit 60 DMA_MAPPED     bit 58 P2PDMA_BUS    bits 0-52  frame
 
 Gone are ``mmu_notifier_range_update_to_read_only`` and the range's ``vma`` (6.3),
-``invalidate_range`` (6.6), ``change_pte`` (6.10).
+``invalidate_range`` and ``mmu_notifier_invalidate_range_only_end`` (6.6), ``change_pte`` (6.10).
+
+Told in these words only: ``make_device_exclusive`` takes one page, which stays mapped as its
+mapcount says (6.15); huge entries of device memory, in page tables and in answers, and the folio
+operations of a pagemap (6.19); an interval's callback in two passes, ``invalidate_start`` and
+``invalidate_finish``.
 
 Source: include/linux/hmm.h, mm/hmm.c, mm/memory.c, include/linux/migrate.h of 6.15 to 6.19.
 """
@@ -49,6 +54,7 @@ __all__ = [
     "HMM_PFN_P2PDMA_BUS",
     "HMM_PFN_STICKY",
     "MIGRATE_PFN_COMPOUND",
+    "MIGRATE_VMA_SELECT_COMPOUND",
     "event_since_6_15",
     "hmm_pfn_to_map_order",
     "hmm_pfn_to_pfn",
@@ -67,6 +73,7 @@ HMM_PFN_FLAGS = 0x7FF << HMM_PFN_ORDER_SHIFT
 HMM_PFN_STICKY = HMM_PFN_DMA_MAPPED | HMM_PFN_P2PDMA | HMM_PFN_P2PDMA_BUS
 
 MIGRATE_PFN_COMPOUND = 1 << 4
+MIGRATE_VMA_SELECT_COMPOUND = 1 << 3
 
 _ORDER_MASK = np.uint64(31)
 
@@ -127,8 +134,14 @@ def hmm_range_fault(machine: Machine, range: hmm.HmmRange) -> Routine[None]:
 
 
 def event_since_6_15(range: MmuNotifierRange) -> Event:
-    """The event of a change: breaking exclusive access, which has no owner, is a CLEAR now."""
-    broken = range.event is Event.EXCLUSIVE and not range.owner
+    """The event of a change: when exclusive access is broken, that is a CLEAR now.
+
+    Making pages exclusive is still EXCLUSIVE, whether or not the device says its owner; the test
+    device says none.
+    """
+    # make_device_exclusive raises it in a loop over pages, and so says of which iteration it is; a
+    # CPU that touches a page has no loop.
+    broken = range.event is Event.EXCLUSIVE and not range.owner and range.order is None
     return Event.CLEAR if broken else range.event
 
 

@@ -18,30 +18,16 @@ from typing import NamedTuple
 
 import numpy as np
 
-from hmmlab.model.entry import (
-    RW,
-    SPECIAL,
-    SWP_DEVICE_WRITE,
-    Bools,
-    Pfns,
-    Words,
-    is_device_private,
-    is_migration,
-    is_present,
-    is_swap_type,
-    is_swapped,
-    pfn_of,
-    swap_offset_pfn,
-    swap_type,
-)
-from hmmlab.model.geometry import LEVEL_PAGES, PMD_PAGES, align_down
+from hmmlab.model.entry import RW, SPECIAL, Bools, Pfns, Words, is_present
+from hmmlab.model.geometry import LEVEL_PAGES, PMD_PAGES, PUD_PAGES, align_down
 from hmmlab.model.history.era import EBUSY, EFAULT, EPERM, Era
 from hmmlab.model.history.fault import fault_pages
+from hmmlab.model.history.found import cannot_be_written, find, migration_entry_wait
 from hmmlab.model.history.ranges import TrackedRange
 from hmmlab.model.machine import Machine, Routine, kernel
 from hmmlab.model.mm_types import VM_HUGETLB, VM_WRITE, Vma, mm_root
 from hmmlab.model.page import ZERO_PFN, pagemap_of
-from hmmlab.model.page_table import Run, walk
+from hmmlab.model.page_table import Run, read_range, walk
 
 __all__ = ["HmmPfnFlag", "HmmPfnValue", "HmmRange", "WalkHow", "walk_gap", "walk_vma"]
 
@@ -83,6 +69,8 @@ class HmmRange(TrackedRange):
         Interval subscription and the number it was read under (5.7).
     dev_private_owner
         Device whose private pages are reported and not faulted back (5.7); 0 for none.
+    vma
+        Mapping in which the range lies (until 5.1; later kernels look it up).
     """
 
     flags: Sequence[int] = (1 << 0, 1 << 1, 1 << 2)
@@ -93,6 +81,7 @@ class HmmRange(TrackedRange):
     notifier: int = 0
     notifier_seq: int = 0
     dev_private_owner: int = 0
+    vma: Vma | None = None
     hmm: int = field(default=0, init=False)
 
     @property
@@ -154,6 +143,14 @@ def _need(range: HmmRange, how: WalkHow, words: Words, cpu: Words) -> tuple[Bool
     return missing | write | home, write | (home & wants_write)
 
 
+def _for_writing(how: WalkHow, fault: Bools, write: Bools) -> bool:
+    """Whether pages that are faulted together are faulted for writing.
+
+    Until 5.1 the first that lacks something says so for all, since then it is enough that one does.
+    """
+    return bool(write.any() if how.era >= Era.V5_2 else write[fault][:1].any())
+
+
 @kernel("mm/pagewalk.c", "walk_page_range")
 def walk_vma(
     machine: Machine, range: HmmRange, vma: Vma, start: int, end: int, how: WalkHow
@@ -162,42 +159,51 @@ def walk_vma(
 
     Returns
     -------
-    The answer and the page where the walk stopped. The answer is 0; -EBUSY where something was
-    faulted or waited for and the walk should go on from there; -EAGAIN where a fault gave the
-    mmap_lock up; -EPERM where a write is asked for and the mapping forbids it; -EFAULT where a
-    fault failed or nothing can be had.
+    The answer and ``hmm_vma_walk->last``. The answer is 0; -EBUSY where something was faulted or
+    waited for and the walk should go on from ``last``; -EAGAIN where a fault gave the mmap_lock up;
+    -EPERM where a write is asked for and the mapping forbids it; -EFAULT where a fault failed or
+    nothing can be had.
 
     Notes
     -----
     Until 5.3 nobody asks whether the mapping may be written: the fault of such a page repeats
     without end. 5.4 has the -EPERM that was promised before.
+
+    ``last`` ought to stand behind what was answered, and does not always: pages of which there is
+    no page table leave it where they begin ("mm/hmm: make hmm_range_fault return 0 or -1", 5.8).
     """
+    last = start
     for run in walk(machine, mm_root(machine, vma.mm), start, end):
-        if run.row < 0:
-            answer = yield from _walk_hole(machine, range, vma, run, how)
-            if answer:
-                return answer, run.start
-            continue
-        answer, last = yield from _walk_pmd(machine, range, vma, run, how)
+        part = _walk_hole if run.row < 0 else _walk_pmd
+        answer, last = yield from part(machine, range, vma, run, how)
         if answer:
             return answer, last
     yield machine.step("It has looked at {range}.", vma.mm, start, end)
-    return 0, end
+    return 0, last
 
 
-def walk_gap(range: HmmRange, start: int, end: int, how: WalkHow) -> int:
-    """Answer for pages that have no mapping. Returns 0, or -EFAULT where one is asked for."""
+def walk_gap(range: HmmRange, start: int, end: int, how: WalkHow) -> tuple[int, int]:
+    """Answer for pages that have no mapping.
+
+    Returns the answer, 0 or -EFAULT where a page is asked for, and ``last``, which until 5.6 is
+    where the last GiB of them begins. 5.2 and 5.3 followed a NULL pointer where a page was asked
+    for; 5.4 has the -EFAULT, and so have all here.
+    """
     part = range.part(start, end)
     fault, _ = _need(range, how, range.pfns[part], np.zeros(end - start, np.uint64))
+    last = max(start, align_down(end - 1, PUD_PAGES))
     if fault.any():
-        return -EFAULT
+        return -EFAULT, last
     error = how.era >= Era.V5_7
     which = HmmPfnValue.HMM_PFN_ERROR if error else HmmPfnValue.HMM_PFN_NONE
     range.pfns[part] = range.value(which)
-    return 0
+    return 0, last
 
 
-def _walk_hole(machine: Machine, range: HmmRange, vma: Vma, run: Run, how: WalkHow) -> Routine[int]:
+@kernel("mm/hmm.c, 4.17", "hmm_vma_walk_hole")
+def _walk_hole(
+    machine: Machine, range: HmmRange, vma: Vma, run: Run, how: WalkHow
+) -> Routine[tuple[int, int]]:
     """Pages with no page table, an empty entry of the upper level after another."""
     pages = LEVEL_PAGES[run.level]
     part = range.part(run.start, run.stop)
@@ -205,12 +211,13 @@ def _walk_hole(machine: Machine, range: HmmRange, vma: Vma, run: Run, how: WalkH
     wanted = np.flatnonzero(fault)
     if not wanted.size:
         range.pfns[part] = range.value(HmmPfnValue.HMM_PFN_NONE)
-        return 0
+        return 0, max(run.start, align_down(run.stop - 1, pages))
     first = max(run.start, align_down(run.start + int(wanted[0]), pages))
     range.pfns[range.part(run.start, first)] = range.value(HmmPfnValue.HMM_PFN_NONE)
     stop = min(run.stop, align_down(first, pages) + pages)
     inside = slice(first - run.start, stop - run.start)
-    return (yield from _fault(machine, range, vma, first, stop, bool(write[inside].any()), how))
+    writing = _for_writing(how, fault[inside], write[inside])
+    return (yield from _fault(machine, range, vma, first, stop, writing, how)), first
 
 
 @kernel("mm/hmm.c, 4.17", "hmm_vma_walk_pmd")
@@ -232,14 +239,10 @@ def _walk_pmd(
     if seen.bad[first]:
         range.pfns[range.part(at, at + 1)] = seen.answers[first]
         return -EFAULT, at
+    if how.era < Era.V5_7:  # and with it what was asked of the page
+        range.pfns[range.part(at, at + 1)] = range.value(HmmPfnValue.HMM_PFN_NONE)
     if seen.moving[first]:
-        yield machine.step(
-            "It waits until the migration of {range} ends.",
-            vma.mm,
-            at,
-            at + 1,
-            lock="migration_entry_wait",
-        )
+        yield migration_entry_wait(machine, vma.mm, at)
         return -EBUSY, at
     stop = min(run.stop, align_down(at, PMD_PAGES) + PMD_PAGES)
     return (yield from _fault(machine, range, vma, at, stop, bool(seen.write[first]), how)), at
@@ -262,7 +265,7 @@ def _walk_huge(
         seen = _look(machine, range, how, words, range.pfns[part].copy(), huge=True)
         asked = slice(0, 1) if vma.flags & VM_HUGETLB else slice(None)
         if seen.fault[asked].any():
-            write = bool(seen.write[asked].any())
+            write = _for_writing(how, seen.fault[asked], seen.write[asked])
             return (yield from _fault(machine, range, vma, at, stop, write, how)), at
         range.pfns[part] = seen.answers
     return 0, run.stop
@@ -293,30 +296,25 @@ def _look(
 ) -> _Seen:
     """Look at words (``hmm_vma_handle_pte``, ``hmm_vma_handle_pmd``).
 
-    Until 5.3 a page that is swapped out, and until 5.6 one that is moving, is reported as absent
-    and no request brings it in. From 5.2 to 5.4 the zero page is special, and so an error.
+    From 5.2 to 5.3 a page that is swapped out, and to 5.6 one that is moving, is reported as absent
+    and no request brings it in: "Minor optimization around hmm_pte_need_fault()" left them out.
+    From 5.2 to 5.4 the zero page is special, and so an error.
     """
-    present, swap = is_present(words), is_swap_type(words)
-    private = swap & is_device_private(words)
-    moving = swap & is_migration(words)
-    swapped = is_swapped(words)
-    odd = swap & ~private & ~moving & ~swapped
-    frames = np.where(present, pfn_of(words), np.where(private, swap_offset_pfn(words), 0))
-    named = present | private
-    writable = np.where(private, swap_type(words) == SWP_DEVICE_WRITE, (words & RW) != 0)
-    special = present & ((words & SPECIAL) != 0)
+    found = find(words)
+    private, frames = found.private, found.frames
     since_57 = how.era >= Era.V5_7
     if since_57:
         owners = machine["pagemap.owner"][pagemap_of(machine, frames)]
-        private &= (owners == range.dev_private_owner) & (owners != 0)
-        named = present | private
+        private = private & (owners == range.dev_private_owner) & (owners != 0)
+    named = found.present | private
+    special = found.present & ((words & SPECIAL) != 0)
     if how.era >= Era.V5_5:
         special &= frames != ZERO_PFN
     if huge or how.era < Era.V5_2:
         special[:] = False
     nothing = np.uint64(0)
     cpu = np.where(named, range.valid_bit, nothing)
-    cpu |= np.where(named & writable, range.write_bit, nothing)
+    cpu |= np.where(named & found.writable, range.write_bit, nothing)
     if not since_57:
         cpu |= np.where(private, np.uint64(range.flags[_PRIVATE]), nothing)
     answers = np.where(
@@ -324,16 +322,18 @@ def _look(
         range.device_entry_from_pfn(frames) | cpu,
         range.value(HmmPfnValue.HMM_PFN_NONE),
     )
-    answers[odd] = range.value(HmmPfnValue.HMM_PFN_ERROR)
+    answers[found.odd] = range.value(HmmPfnValue.HMM_PFN_ERROR)
     answers[special] = range.value(HmmPfnValue.HMM_PFN_SPECIAL)
     fault, write = _need(range, how, inputs, cpu)
+    bad = found.odd | (special & ~fault)
     if since_57:
-        bad = (odd | special) & fault
+        bad &= _need(range, how, inputs, np.zeros_like(cpu))[0]  # unless nobody asks for it
         fault &= ~private
-    else:
-        bad = odd | (special & ~fault)
-        fault &= ~moving & (~swapped if how.era < Era.V5_4 else np.True_)
-    waits = moving & fault
+    elif how.era >= Era.V5_2:
+        fault &= ~found.moving
+        if how.era < Era.V5_4:
+            fault &= ~found.swapped
+    waits = found.moving & fault
     return _Seen(answers, fault & ~waits & ~bad, write, waits, bad)
 
 
@@ -348,20 +348,23 @@ def _fault(
 ) -> Routine[int]:
     """Fault a chunk. Returns -EBUSY, which means "walk again", or an error.
 
-    Until 5.6 the chunk's pfns become "nothing" first, so what was asked of its pages one by one is
-    forgotten when the walk comes back.
+    Until 5.6 the pfns of the pages that are faulted become "nothing" first, so what was asked of
+    them one by one is forgotten when the walk comes back; the one whose fault fails becomes ERROR.
     """
     if write and not vma.flags & VM_WRITE:
         if how.era >= Era.V5_4:
             return -EPERM
-        yield machine.step(
-            "{range} cannot be written; it faults, and faults again.",
-            vma.mm,
-            start,
-            stop,
-            lock="the right to write",
-        )
+        yield cannot_be_written(machine, vma.mm, start, stop)
+    part = range.part(start, stop)
+    asked = range.pfns[part].copy()
     if how.era < Era.V5_7:
-        range.pfns[range.part(start, stop)] = range.value(HmmPfnValue.HMM_PFN_NONE)
+        range.pfns[part] = range.value(HmmPfnValue.HMM_PFN_NONE)
     answer = yield from fault_pages(machine, vma, start, stop, write, may_retry=how.may_retry)
+    if answer and how.era < Era.V5_7:  # pages are faulted in order, so the first that lacks it
+        words = read_range(machine, mm_root(machine, vma.mm), start, stop)
+        lacks = ~is_present(words) | (write & ((words & RW) == 0))
+        failed = int(np.argmax(lacks))
+        range.pfns[part][failed:] = asked[failed:]
+        which = HmmPfnValue.HMM_PFN_ERROR if answer == -EFAULT else HmmPfnValue.HMM_PFN_NONE
+        range.pfns[part][failed] = range.value(which)
     return answer or -EBUSY

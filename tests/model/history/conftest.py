@@ -1,5 +1,6 @@
 """Machines of other years: the history room is imported before any machine is made."""
 
+import numpy as np
 import pytest
 
 import hmmlab.model.history.eras
@@ -7,7 +8,16 @@ import hmmlab.model.history.events_2019
 import hmmlab.model.history.migrate_2017  # noqa: F401
 from hmmlab import Machine, Process
 from hmmlab.model.history import Era, HmmMirror, hmm_mirror_register
+from hmmlab.model.history.walk_2018 import HmmRange
 from hmmlab.model.machine import Actor, Steps
+from hmmlab.model.mmu_notifier import (
+    mmu_interval_notifier_insert,
+    mmu_interval_read_begin,
+    mmu_interval_set_seq,
+)
+
+#: What the drivers of these tests answer for "error", "nothing" and "special" (``values[]``).
+VALUES = ERROR, NONE, SPECIAL = 8, 32, 16
 
 
 class Listener:
@@ -19,6 +29,19 @@ class Listener:
     def sync_cpu_device_pagetables(self, mirror, *update):
         self.heard.append(update)
         return self.answer
+
+
+class Subscriber:
+    """An interval subscription that only notes that it was hit."""
+
+    takes_series = False
+
+    def __init__(self, machine):
+        self.machine = machine
+
+    def invalidate(self, subscription, range, cur_seq):
+        mmu_interval_set_seq(self.machine, subscription, cur_seq)
+        return True
 
 
 @pytest.fixture
@@ -57,6 +80,34 @@ def register(machine, process, run):
         mirror = HmmMirror(listener)
         assert run(hmm_mirror_register(machine, mirror, process.mm, era)) == 0
         return mirror, listener
+
+    return make
+
+
+@pytest.fixture
+def subscribe(machine, process, run):
+    """Subscribe to pages; returns the subscription, and the number to look under."""
+
+    def make(pages):
+        subscription = run(
+            mmu_interval_notifier_insert(
+                machine, process.mm, pages.start, pages.stop, Subscriber(machine)
+            )
+        )
+        return subscription, run(mmu_interval_read_begin(machine, subscription))
+
+    return make
+
+
+@pytest.fixture
+def range_over(subscribe):
+    """A range of 5.5 to 5.7 over pages, under a subscription of its own."""
+
+    def make(pages, pfns=None, **rest):
+        pfns = np.zeros(len(pages), np.uint64) if pfns is None else pfns
+        tracked = HmmRange(pages.start, pages.stop, pfns, values=VALUES, **rest)
+        tracked.notifier, tracked.notifier_seq = subscribe(pages)
+        return tracked
 
     return make
 

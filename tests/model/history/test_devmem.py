@@ -12,10 +12,12 @@ from hmmlab.model.history.devmem_2017 import (
     IORES_DESC_DEVICE_PRIVATE_MEMORY,
     IORES_DESC_DEVICE_PUBLIC_MEMORY,
     VM_FAULT_ERROR,
+    VM_FAULT_HWPOISON,
     VM_FAULT_MAJOR,
     VM_FAULT_MINOR,
     VM_FAULT_OOM,
     VM_FAULT_SIGBUS,
+    VM_FAULT_SIGSEGV,
     HmmDevmem,
     Resource,
     hmm_devmem_add,
@@ -168,6 +170,18 @@ def test_the_search_goes_from_the_top_downwards_in_steps_of_the_size(machine, ru
     assert two.pfn_first == PHYSICAL_PAGES - 8 * SECTION_PAGES
 
 
+def test_the_place_is_reserved_as_memory_of_a_device(card):
+    """-1UL before there is a place, then the whole resource (struct hmm_devmem)."""
+    nowhere = HmmDevmem(card, "card")
+    assert (nowhere.pfn_first, nowhere.pfn_last, nowhere.resource) == (-1, -1, None)
+    devmem = card.add()
+    assert devmem.resource == Resource(
+        devmem.pfn_first, devmem.pfn_last, IORES_DESC_DEVICE_PRIVATE_MEMORY
+    )
+    assert (IORES_DESC_DEVICE_PRIVATE_MEMORY, IORES_DESC_DEVICE_PUBLIC_MEMORY) == (6, 7)
+    assert (devmem.ops, devmem.device) == (card, "card")
+
+
 def test_nothing_is_enomem(machine, run, card):
     assert run(hmm_devmem_add(machine, card, "card", 0)) == -12
 
@@ -195,11 +209,16 @@ def test_memory_that_is_ram_is_enxio(machine, steps, card, first, last, warns):
     assert any("Warning" in text for text in texts) is warns
 
 
-def test_a_section_of_another_chunk_is_ebusy(machine, run, card):
+def test_a_section_of_another_chunk_is_ebusy(machine, steps, card):
+    """Seed 004 logs it as a collision of mappings (``dev_err``)."""
     first = card.add()
     devmem = HmmDevmem(card, "other card")
     devmem.pfn_first, devmem.pfn_last = first.pfn_first - 10, first.pfn_first + 10
-    assert run(hmm_devmem_pages_create(machine, devmem)) == -16
+    creating = steps(hmm_devmem_pages_create(machine, devmem))
+    assert [step.text for step in creating] == [
+        "other card collides with memory that is there already."
+    ]
+    assert creating.result == -16
     assert pagemap_of(machine, np.array([first.pfn_first])) == [first.pagemap]
 
 
@@ -255,6 +274,7 @@ def test_the_resource_must_be_public_and_nobodys(machine, run, card, use_up_ram)
     free()
     card.devmem = run(hmm_devmem_add_resource(machine, card, "card", Resource(*edges, PUBLIC)))
     assert isinstance(card.devmem, HmmDevmem) and card.devmem.public
+    assert card.devmem.resource == Resource(*edges, PUBLIC)
     assert run(hmm_devmem_add_resource(machine, card, "card", Resource(*edges, PUBLIC))) == -16
 
 
@@ -300,7 +320,48 @@ def test_the_flags_of_a_fault_say_who_touched_and_how(machine, process, run, car
     assert (write, remote) == (0x01, 0x80)
 
 
-@pytest.mark.parametrize("answer, signal, errno", [(VM_FAULT_SIGBUS, 7, 0), (VM_FAULT_OOM, 0, 12)])
+def test_the_mmap_lock_is_held_when_the_driver_is_called(machine, process, card):
+    """For reading at least, says seed 004 of ``fault``, so that the mapping is still there."""
+    card.add()
+    a = process.mmap(1)
+    process.store(a, 5)
+    card.take(a)
+    held = []
+    bring_home = card.bring_home
+    lock = mm_lock(machine, process.mm)
+    card.bring_home = lambda *args: held.append(machine.holders(lock)) or bring_home(*args)
+    process.load(a)
+    assert held == [(False, 1)]
+
+
+def test_a_driver_may_bring_more_than_one_page_home(process, card):
+    """An optimization that seed 004 allows, if the page that faulted goes before the others."""
+    card.add()
+    a = process.mmap(4)
+    process.store(a, [5, 6, 7, 8])
+    card.take(a)
+
+    def all_of_them(vma, addr):
+        for page in [addr, *(set(range(a.start, a.stop)) - {addr})]:  # the faulting one first
+            yield from card.migrate(vma, page, page + 1, "home")
+        return VM_FAULT_MAJOR
+
+    card.bring_home = all_of_them
+    assert process.load(a[2]).tolist() == [7]
+    assert [fault[0] for fault in card.faults] == [a.start + 2]
+    assert not is_device_private(card.words(a)).any() and len(card.freed) == 4
+    assert process.load(a).tolist() == [5, 6, 7, 8] and len(card.faults) == 1
+
+
+@pytest.mark.parametrize(
+    "answer, signal, errno",
+    [
+        (VM_FAULT_SIGBUS, 7, 0),
+        (VM_FAULT_HWPOISON, 7, 0),
+        (VM_FAULT_SIGSEGV, 11, 0),
+        (VM_FAULT_OOM, 0, 12),
+    ],
+)
 def test_a_driver_that_fails_kills_or_has_no_memory(process, card, answer, signal, errno):
     card.add()
     a = process.mmap(1)
@@ -314,8 +375,9 @@ def test_a_driver_that_fails_kills_or_has_no_memory(process, card, answer, signa
 
 
 def test_the_codes_of_a_fault():
+    """As include/linux/mm.h of 4.14 has them."""
     assert (VM_FAULT_MINOR, VM_FAULT_MAJOR) == (0, 4)
-    assert VM_FAULT_ERROR & VM_FAULT_MAJOR == 0 and VM_FAULT_ERROR & VM_FAULT_SIGBUS
+    assert VM_FAULT_ERROR == 0x873 and VM_FAULT_ERROR & VM_FAULT_MAJOR == 0
 
 
 def test_hmm_vma_alloc_locked_page(machine, process, use_up_ram):
@@ -424,7 +486,7 @@ def test_wrong_arguments_are_einval(machine, process, run, card):
     vma = vma_lookup(machine, process.mm, a.start)
     src, dst = np.zeros((2, 2), np.uint64)
 
-    def answer(ops=card, vma=vma, start=a.start, end=a.stop):
+    def answer(ops=card, vma=vma, start=a.start, end=a.stop, src=src, dst=dst):
         return run(migrate_vma(machine, ops, vma, start, end, src, dst))
 
     assert answer(vma=None) == -22
@@ -432,10 +494,12 @@ def test_wrong_arguments_are_einval(machine, process, run, card):
     assert answer(vma=vma._replace(flags=vma.flags | VM_PFNMAP)) == -22
     assert answer(start=a.start - 1) == -22 and answer(end=a.stop + 1) == -22
     assert answer(end=a.start) == -22 and answer(ops=None) == -22
+    assert answer(src=None) == -22 and answer(dst=None) == -22
     assert card.calls == []
 
 
-def test_5_4_removed_three_bits():
+def test_the_bits_that_have_gone():
+    """DEVICE and ERROR in 5.4, LOCKED in 5.16."""
     from hmmlab.model import entry
 
     kept = {name for name in dir(migrate_2017) if name.startswith("MIGRATE_PFN_")}

@@ -14,13 +14,18 @@ from hmmlab.model.history.events_2019 import (
     mmu_notifier_range_use_change_pte,
     mmu_notifier_register_2019,
 )
+from hmmlab.model.ksm import ksm_scan
 from hmmlab.model.mm_types import mm_root, vma_lookup
 from hmmlab.model.mmu_notifier import (
+    EVERYTHING,
     Event,
     MmuNotifierRange,
     invalidate_range_start,
     mmu_notifier_release,
 )
+from hmmlab.model.move_pages import sys_move_pages
+from hmmlab.model.oom_kill import oom_reap_task_mm
+from hmmlab.model.page import get_page, put_page
 from hmmlab.model.page_table import read_range
 
 UNMAP, CLEAR, PROTECTION_VMA, PROTECTION_PAGE, SOFT_DIRTY = MmuNotifierEvent
@@ -112,11 +117,44 @@ def test_the_events_of_the_cover_letter(process, listen, change, events):
     assert listener.heard == ["start", "end"] * len(events)
 
 
-@pytest.mark.parametrize("now", [Event.PROTECTION_PAGE, Event.SOFT_DIRTY])
-def test_the_other_two(machine, process, run, listen, now):
+def reclaim(p, a):
+    p.madvise(a, "pageout")
+
+
+def compaction(p, a):
+    p.run("move_pages", sys_move_pages(p.machine, p.mm, a.start, a.stop, 1))
+
+
+@pytest.mark.parametrize("change", [reclaim, compaction])
+def test_clear_is_also_what_the_kernel_does_on_its_own(process, listen, change):
+    """Migration, compaction, reclaim, in seed 003's own list."""
+    a = process.mmap(2)
+    process.store(a, [1, 2])
     listener = listen()
-    run(invalidate_range_start(machine, MmuNotifierRange.one(process.mm, now, 1, 2)))
-    assert [int(range.event) for range in listener.starts] == [int(now)]
+    change(process, a)
+    assert [range.event for range in listener.starts] == [CLEAR] * 2
+    assert [(range.start, range.end) for range in listener.starts] == [
+        (page.start, page.stop) for page in a
+    ]
+
+
+def test_protection_page_is_of_pages_and_not_of_the_mapping(process, listen):
+    a = process.mmap(2)
+    process.store(a, 1)
+    listener = listen()
+    process.fork()
+    assert [range.event for range in listener.starts] == [PROTECTION_PAGE]
+    assert listener.starts[0].vma == vma_lookup(process.machine, process.mm, a.start).row
+
+
+def test_soft_dirty_is_of_everything_and_of_no_mapping(process, listen):
+    a = process.mmap(2)
+    process.store(a, 1)
+    listener = listen()
+    process.clear_refs()
+    (range,) = listener.starts
+    assert (range.event, range.vma, range.start) == (SOFT_DIRTY, 0, 0)
+    assert range.end == EVERYTHING
 
 
 def test_migration_was_a_clear_then(process, listen, device):
@@ -125,6 +163,7 @@ def test_migration_was_a_clear_then(process, listen, device):
     listener = listen()
     device.to_dev(a)
     assert [range.event for range in listener.starts] == [CLEAR]
+    assert listener.starts[0].vma == 0  # nobody said of which mapping, before 5.9
 
 
 def test_the_end_of_an_address_space_was_no_event(machine, process, run, listen):
@@ -138,14 +177,26 @@ def test_the_end_of_an_address_space_was_no_event(machine, process, run, listen)
 # --- blockable (patches 1 to 3) -------------------------------------------------------------------
 
 
-def test_blockable_is_a_flag(machine, process, run, listen):
+def test_blockable_is_a_flag_that_the_start_sets(machine, process, run, listen):
+    """It is not among the flags that a range begins with."""
     assert (MMU_NOTIFIER_RANGE_BLOCKABLE, MMU_NOTIFIER_USE_CHANGE_PTE) == (1, 2)
-    assert mmu_notifier_range_blockable(mmu_notifier_range_init(CLEAR, 0, 0, 1, 2, 3))
+    assert not mmu_notifier_range_blockable(mmu_notifier_range_init(CLEAR, 0, 0, 1, 2, 3))
+    assert mmu_notifier_range_blockable(mmu_notifier_range_init(CLEAR, 1, 0, 1, 2, 3))
     listener = listen()
     for blockable in (True, False):
         change = MmuNotifierRange.one(process.mm, Event.UNMAP, 1, 2, blockable=blockable)
         run(invalidate_range_start(machine, change))
     assert [mmu_notifier_range_blockable(range) for range in listener.starts] == [True, False]
+
+
+def test_only_the_reaper_may_not_sleep(machine, process, listen):
+    a = process.mmap(2)
+    process.store(a, 1)
+    listener = listen()
+    process.run("reap", oom_reap_task_mm(machine, process.mm))
+    process.munmap(a)
+    assert [mmu_notifier_range_blockable(range) for range in listener.starts] == [False, True]
+    assert [range.event for range in listener.starts] == [UNMAP, UNMAP]
 
 
 @pytest.mark.parametrize("blockable, answer", [(True, 0), (False, -11)])
@@ -229,3 +280,34 @@ def test_change_pte_is_called_for_nothing_else(process, listen):
     process.mprotect(a, "r")
     process.munmap(a)
     assert kvm.heard == ["start", "end"] * 2
+
+
+@pytest.mark.parametrize("proposed", [True, False])
+def test_equal_pages_that_merge_are_the_other_two_places(machine, process, listen, proposed):
+    """Seed 003 calls change_pte "a KSM thing"."""
+    a = process.mmap(2)
+    process.store(a, 7)
+    kvm = listen(Kvm, use_change_pte=proposed)
+    root = mm_root(machine, process.mm)
+    before = pfn_of(read_range(machine, root, a.start, a.stop)).tolist()
+    kvm.table.update(zip(range(a.start, a.stop), before, strict=True))
+    assert process.run("ksm", ksm_scan(machine, process.mm, a.start, a.stop)) == 1
+    # One page is write-protected, the other also replaced.
+    assert [mmu_notifier_range_use_change_pte(range) for range in kvm.starts] == [proposed] * 3
+    assert kvm.heard == ["start", "change_pte", "end"] * 3
+    now = pfn_of(read_range(machine, root, a.start, a.stop)).tolist()
+    assert now[0] == now[1]
+    assert list(kvm.table.values()) == (now if proposed else [])
+
+
+def test_change_pte_is_not_called_where_the_word_stays(machine, process, listen):
+    """A page that may not be written already is write-protected, and nothing is set."""
+    a = process.mmap(3)
+    process.store(a, 7)
+    process.run("ksm", ksm_scan(machine, process.mm, a.start, a.start + 2))
+    frame = pfn_of(read_range(machine, mm_root(machine, process.mm), a.start + 2, a.stop))
+    get_page(machine, frame)  # somebody holds it, so it is not protected and not merged
+    kvm = listen(Kvm, use_change_pte=True)
+    process.run("ksm", ksm_scan(machine, process.mm, a.start, a.stop))
+    assert kvm.heard and "change_pte" not in kvm.heard
+    put_page(machine, frame)

@@ -344,12 +344,13 @@ def test_a_migrating_page_is_waited_for(case, machine, process, steps):
 
 
 @pytest.fixture
-def range_4_17(register):
+def range_4_17(machine, process, register):
     register(Era.V4_17)
 
     def make(pages, **rest):
         pfns = np.zeros(len(pages), np.uint64)
-        return HmmRange2018(pages.start, pages.stop, pfns, **rest)
+        vma = vma_lookup(machine, process.mm, pages.start)
+        return HmmRange2018(pages.start, pages.stop, pfns, vma=vma, **rest)
 
     return make
 
@@ -359,8 +360,7 @@ def test_a_driver_chooses_its_bits(machine, process, run, range_4_17):
     process.store(a[0], 1)
     process.load(a[1])
     range = range_4_17(a, flags=(8, 32, 2), values=(77, 88, 99), pfn_shift=8)
-    vma = vma_lookup(machine, process.mm, a.start)
-    assert run(lookup_2018.hmm_vma_get_pfns(machine, vma, range)) == 0
+    assert run(lookup_2018.hmm_vma_get_pfns(machine, range)) == 0
     frame = int(pfn_of(read_range(machine, mm_root(machine, process.mm), a.start, a.start + 1))[0])
     assert range.pfns.tolist() == [frame << 8 | 8 | 32, 1 << 8 | 8, 88]
     assert range.device_entry_to_pfn(range.pfns).tolist() == [frame, 1, -1]
@@ -371,8 +371,7 @@ def test_each_page_says_what_it_wants(machine, process, run, range_4_17):
     a = process.mmap(3)
     range = range_4_17(a)
     range.pfns[1] = range.flags[0] | range.flags[1]
-    vma = vma_lookup(machine, process.mm, a.start)
-    assert run(lookup_2018.hmm_vma_fault(machine, vma, range, True)) == 0
+    assert run(lookup_2018.hmm_vma_fault(machine, range, True)) == 0
     words = read_range(machine, mm_root(machine, process.mm), a.start, a.stop)
     # No table was there, so the hole is faulted whole, for writing since one page wants that.
     assert (words != 0).all()
@@ -383,11 +382,10 @@ def test_each_page_says_what_it_wants(machine, process, run, range_4_17):
 def test_a_mapping_that_cannot_be_read_is_eperm(machine, process, run, range_4_17, function):
     a = process.mmap(2, "none")
     range = range_4_17(a, values=(1, 2, 4))
-    vma = vma_lookup(machine, process.mm, a.start)
     if function == "fault":
-        routine = lookup_2018.hmm_vma_fault(machine, vma, range, True)
+        routine = lookup_2018.hmm_vma_fault(machine, range, True)
     else:
-        routine = lookup_2018.hmm_vma_get_pfns(machine, vma, range)
+        routine = lookup_2018.hmm_vma_get_pfns(machine, range)
     assert run(routine) == -1 and range.pfns.tolist() == [2, 2] and range.row == 0
 
 
@@ -395,9 +393,10 @@ def test_the_other_errors_of_4_17(machine, process, run, range_4_17):
     a = process.mmap(2)
     range = range_4_17(a, values=(1, 2, 4))
     vma = vma_lookup(machine, process.mm, a.start)
-    assert run(lookup_2018.hmm_vma_get_pfns(machine, vma._replace(end=vma.end - 1), range)) == -22
-    special = vma._replace(flags=vma.flags | VM_PFNMAP)
-    assert run(lookup_2018.hmm_vma_fault(machine, special, range, True)) == -22
+    range.vma = vma._replace(end=vma.end - 1)
+    assert run(lookup_2018.hmm_vma_get_pfns(machine, range)) == -22
+    range.vma = vma._replace(flags=vma.flags | VM_PFNMAP)
+    assert run(lookup_2018.hmm_vma_fault(machine, range, True)) == -22
     assert range.pfns.tolist() == [4, 4]
 
 
@@ -407,21 +406,98 @@ def test_hole_4_17_writes_what_is_read_only_without_end(machine, process, run, r
     process.mprotect(a, "r")
     range = range_4_17(a)
     range.pfns[:] = range.flags[0] | range.flags[1]
-    vma = vma_lookup(machine, process.mm, a.start)
     with pytest.raises(RuntimeError, match="the right to write"):
-        run(lookup_2018.hmm_vma_fault(machine, vma, range, True))
+        run(lookup_2018.hmm_vma_fault(machine, range, True))
 
 
 def test_4_17_needs_a_mirror_and_memory(machine, process, run, use_up_ram):
     a = process.mmap(2)
     range = HmmRange2018(a.start, a.stop, np.full(2, 9, np.uint64), values=(1, 2, 4))
-    vma = vma_lookup(machine, process.mm, a.start)
+    with pytest.raises(ValueError, match=r"range\.vma is not set"):
+        run(lookup_2018.hmm_vma_get_pfns(machine, range))
+    range.vma = vma_lookup(machine, process.mm, a.start)
     give_back = use_up_ram()
-    assert run(lookup_2018.hmm_vma_get_pfns(machine, vma, range)) == -12
+    assert run(lookup_2018.hmm_vma_get_pfns(machine, range)) == -12
+    assert range.pfns.tolist() == [9, 9]  # only the fault empties them
+    assert run(lookup_2018.hmm_vma_fault(machine, range, True)) == -12
     assert range.pfns.tolist() == [2, 2]
     give_back()
-    assert run(lookup_2018.hmm_vma_get_pfns(machine, vma, range)) == -22
+    assert run(lookup_2018.hmm_vma_get_pfns(machine, range)) == -22
     assert hmm_of(machine, process.mm)
+
+
+def test_4_17_done_on_an_empty_range_is_a_bug(machine, range_4_17, process):
+    with pytest.raises(ValueError, match="never looked up"):
+        lookup_2018.hmm_vma_range_done(machine, range_4_17(process.mmap(1)[:0]))
+
+
+def test_4_17_promises_eagain_and_answers_ebusy(machine, process, run, range_4_17, monkeypatch):
+    """The comment above hmm_vma_fault() has the other number for a lock that was given up."""
+    from hmmlab.model.history import fault
+
+    def waits(machine, vma, vpns, write, remote):
+        yield machine.step("It waits for the page.", vma.mm, lock="a page")
+
+    monkeypatch.setattr(fault, "handle_mm_fault", waits)
+    a, lock = process.mmap(2), mm_lock(machine, process.mm)
+    range = range_4_17(a, values=(1, 32, 4))
+    range.pfns[:] = range.flags[0]
+
+    def locked():
+        yield from machine.down_read(lock)
+        return (yield from lookup_2018.hmm_vma_fault(machine, range, True))
+
+    assert run(locked()) == -16 and machine.holders(lock) == (False, 0)
+    assert range.pfns.tolist() == [32, 32] and range.row == 0
+
+
+def test_4_17_brings_a_page_in_swap_in_and_waits_for_one_that_moves(case_4_17, steps):
+    """Only the "minor optimization" of 5.2 forgets them (seed 002)."""
+    process, machine, range_4_17 = case_4_17
+    a = process.mmap(2)
+    process.store(a, [3, 4])
+    process.madvise(a[1], "pageout")
+    root = mm_root(machine, process.mm)
+    row = rows_of_range(machine, root, a.start, a.start + 1)
+    word = machine["pte"][row].copy()
+    machine.write("pte", row, swap_word(SWP_MIGRATION_READ, np.array([2])))
+    range = range_4_17(a)
+    range.pfns[:] = range.flags[0]
+    looking = steps(lookup_2018.hmm_vma_fault(machine, range, True))
+    next(step for step in looking if step.lock == "migration_entry_wait")
+    machine.write("pte", row, word)
+    assert looking.run() == 0
+    words = read_range(machine, root, a.start, a.stop)
+    assert range.device_entry_to_pfn(range.pfns).tolist() == pfn_of(words).tolist()
+
+
+@pytest.fixture
+def case_4_17(process, machine, range_4_17):
+    return process, machine, range_4_17
+
+
+def test_until_5_1_only_the_pages_themselves_ask(case_4_17, run):
+    """default_flags and pfn_flags_mask came in 5.2, to save the "pre-fill" (seed 002)."""
+    process, machine, range_4_17 = case_4_17
+    a = process.mmap(2)
+    range = range_4_17(a, values=(1 << 3, 32, 1 << 4))
+    range.default_flags = range.pfn_flags_mask = range.flags[0]
+    assert run(lookup_2018.hmm_vma_fault(machine, range, True)) == 0
+    assert range.pfns.tolist() == [32, 32]
+    assert lookup_2018.hmm_vma_range_done(machine, range)
+    range.pfns[:], range.pfn_flags_mask = range.flags[0], 0
+    assert run(lookup_2018.hmm_vma_fault(machine, range, True)) == 0
+    assert ((range.pfns & range.valid_bit) != 0).all()
+
+
+def test_until_5_1_the_first_page_that_lacks_something_speaks_for_all(case_4_17, run):
+    process, machine, range_4_17 = case_4_17
+    a = process.mmap(3)
+    range = range_4_17(a)
+    valid, write = range.flags[:2]
+    range.pfns[:] = [valid, valid | write, 0]
+    assert run(lookup_2018.hmm_vma_fault(machine, range, True)) == 0
+    assert (range.pfns & np.uint64(3)).tolist() == [valid] * 3  # read for all, and the wish is gone
 
 
 def test_lookup_2017_is_of_4_14(machine, process, run, register):

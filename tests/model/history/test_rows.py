@@ -32,27 +32,25 @@ from hmmlab.model.history.range_2019 import (
 from hmmlab.model.history.range_2020 import hmm_range_fault_5_5, hmm_range_fault_5_7
 from hmmlab.model.history.struct_hmm import hmm_of
 from hmmlab.model.history.walk_2018 import HmmRange, WalkHow, walk_vma
-from hmmlab.model.mm_types import mm_lock, mm_root, vma_lookup
+from hmmlab.model.machine import KernelError
+from hmmlab.model.mm_types import VM_MIXEDMAP, mm_lock, mm_root, vma_lookup
 from hmmlab.model.mmu_notifier import (
     Event,
     MmuNotifierRange,
     invalidate_range_end,
     invalidate_range_start,
-    mmu_interval_notifier_insert,
-    mmu_interval_read_begin,
     mmu_interval_read_retry,
-    mmu_interval_set_seq,
 )
 from hmmlab.model.page import PG_DIRTY, page_rows
 from hmmlab.model.page_table import read_range
 
 V, W = 1, 2
-ERROR, NONE, SPECIAL = 8, 32, 16
+VALUES = ERROR, NONE, SPECIAL = 8, 32, 16
 EAGAIN, EFAULT, EBUSY, EINVAL, EPERM, ENOMEM = 11, 14, 16, 22, 1, 12
 
 
 def a_range(pages, **rest):
-    rest = {"values": (ERROR, NONE, SPECIAL), "default_flags": V, **rest}
+    rest = {"values": VALUES, "default_flags": V, **rest}
     return HmmRange(pages.start, pages.stop, np.zeros(len(pages), np.uint64), **rest)
 
 
@@ -329,37 +327,11 @@ def test_dma_map_undoes_all_when_the_range_is_invalidated_meanwhile(
 # --- 5.5: interval subscriptions ------------------------------------------------------------------
 
 
-class Subscriber:
-    takes_series = False
-
-    def __init__(self, machine):
-        self.machine = machine
-
-    def invalidate(self, subscription, range, cur_seq):
-        mmu_interval_set_seq(self.machine, subscription, cur_seq)
-        return True
-
-
-@pytest.fixture
-def of_5_5(machine, process, run):
-    def make(pages, **rest):
-        tracked = a_range(pages, **rest)
-        tracked.notifier = run(
-            mmu_interval_notifier_insert(
-                machine, process.mm, pages.start, pages.stop, Subscriber(machine)
-            )
-        )
-        tracked.notifier_seq = run(mmu_interval_read_begin(machine, tracked.notifier))
-        return tracked
-
-    return make
-
-
-def test_5_5_closes_the_hole_of_5_2(machine, process, run, of_5_5):
+def test_5_5_closes_the_hole_of_5_2(machine, process, run, range_over):
     """A change that began and ended between two looks has left its mark."""
     a = process.mmap(2)
     process.store(a, 1)
-    tracked = of_5_5(a)
+    tracked = range_over(a, default_flags=V)
     look = hmm_range_fault_5_5(machine, tracked, process.mm)
     assert run(locked(machine, process.mm, look)) == (2, True)
     process.madvise(a, "dontneed")
@@ -367,29 +339,92 @@ def test_5_5_closes_the_hole_of_5_2(machine, process, run, of_5_5):
     assert run(hmm_range_fault_5_5(machine, tracked, process.mm)) == -EBUSY
 
 
-def test_5_5_the_zero_page_is_a_page_like_any_other(machine, process, run, of_5_5):
+def test_5_5_the_zero_page_is_a_page_like_any_other(machine, process, run, range_over):
     a = process.mmap(2)
     process.load(a)
-    tracked = of_5_5(a)
+    tracked = range_over(a, default_flags=V)
     assert run(hmm_range_fault_5_5(machine, tracked, process.mm)) == 2
     assert low(tracked) == [V, V]
 
 
-def test_5_5_errors(machine, process, run, of_5_5):
-    a = process.mmap(3)
+@pytest.mark.parametrize("era, absent", [(Era.V5_5, NONE), (Era.V5_7, ERROR)], ids=["5.5", "5.7"])
+def test_what_nobody_asks_for_is_no_error_since_5_5(machine, process, run, range_over, era, absent):
+    """ "mm/hmm: make full use of walk_page_range()": gaps and what cannot be read are skipped."""
+    a = process.mmap(5)
     process.store(a, 1)
     process.munmap(a[1])
-    look = hmm_range_fault_5_5
-    asked = of_5_5(a)
-    assert run(look(machine, asked, process.mm)) == -EFAULT
-    assert low(asked) == [V | W, NONE, NONE]
-    process.mprotect(a[2], "none")
-    assert run(look(machine, of_5_5(a[2]), process.mm)) == -EPERM
-    gap = of_5_5(a[1])
-    assert run(look(machine, gap, process.mm)) == -EPERM  # the next mapping is asked, as in Linux
-    process.mprotect(a[2], "r")
-    assert run(look(machine, of_5_5(a[2], default_flags=V | W), process.mm)) == -EPERM
-    assert run(look(machine, of_5_5(process.region("Z", 2)), process.mm)) == -EFAULT
+    process.mprotect(a[3], "none")
+    seen = range_over(a)
+    assert run(_look_2020(era, machine, seen, process.mm)) == 5
+    assert low(seen) == [V | W, absent, V | W, absent, V | W]
+    process.munmap(a)
+    nothing = range_over(a)
+    assert run(_look_2020(era, machine, nothing, process.mm)) == 0  # a gap does not count
+    assert low(nothing) == [absent] * 5
+
+
+def _look_2020(era, machine, tracked, mm):
+    look = hmm_range_fault_5_5 if era is Era.V5_5 else hmm_range_fault_5_7
+    return look(machine, tracked, mm)
+
+
+@pytest.mark.parametrize("era", [Era.V5_5, Era.V5_7], ids=["5.5", "5.7"])
+@pytest.mark.parametrize(
+    "spoil, errno, marks",
+    [
+        (lambda p, page: p.munmap(page), EFAULT, ERROR),
+        (lambda p, page: p.mprotect(page, "none"), EFAULT, 7),
+        (lambda p, page: p.mprotect(page, "r"), EPERM, NONE),
+    ],
+    ids=["gap", "unreadable", "read-only"],
+)
+def test_what_is_asked_for_and_cannot_be_had(
+    machine, process, run, range_over, era, spoil, errno, marks
+):
+    """Until 5.6 the page is marked; no kernel since 5.5 touches those behind it."""
+    a = process.mmap(3)
+    process.store(a, 1)
+    spoil(process, a[1])
+    asked = range_over(a, pfns=np.full(3, 7, np.uint64), default_flags=V | W)
+    assert run(_look_2020(era, machine, asked, process.mm)) == -errno
+    assert low(asked) == [V | W, marks if era is Era.V5_5 else 7, 7]
+
+
+@pytest.mark.parametrize("era", [Era.V5_5, Era.V5_7], ids=["5.5", "5.7"])
+def test_the_page_whose_fault_fails_is_an_error_until_5_6(
+    machine, process, run, range_over, monkeypatch, era
+):
+    """As the comment above hmm_range_fault() says."""
+    from hmmlab.model.history import fault
+
+    handle = fault.handle_mm_fault
+    a = process.mmap(4)
+    process.store(a, 1)
+    process.madvise(a[1:], "dontneed")
+
+    def no_memory_for_page_2(machine, vma, vpns, write, remote):
+        for vpn in vpns:
+            if vpn == a.start + 2:
+                raise KernelError(12, "no memory")
+            yield from handle(machine, vma, np.array([vpn]), write, remote=remote)
+
+    monkeypatch.setattr(fault, "handle_mm_fault", no_memory_for_page_2)
+    asked = range_over(a, pfns=np.full(4, 7, np.uint64), default_flags=V | W)
+    assert run(_look_2020(era, machine, asked, process.mm)) == -EFAULT
+    assert low(asked) == ([V | W, NONE, ERROR, 7] if era is Era.V5_5 else [V | W, 7, 7, 7])
+
+
+def test_5_5_refuses_device_mappings_and_5_7_only_who_asks(machine, process, run, range_over):
+    a = process.mmap(2)
+    process.store(a, 1)
+    vma = vma_lookup(machine, process.mm, a.start)
+    machine.write("vma.flags", vma.row, vma.flags | VM_MIXEDMAP)
+    assert run(hmm_range_fault_5_5(machine, range_over(a), process.mm)) == -EFAULT
+    seen = range_over(a)
+    assert run(hmm_range_fault_5_7(machine, seen, process.mm)) == 2
+    assert low(seen) == [ERROR, ERROR]
+    asked = range_over(a, default_flags=V)
+    assert run(hmm_range_fault_5_7(machine, asked, process.mm)) == -EFAULT
 
 
 # --- huge pages in the old walks ------------------------------------------------------------------
