@@ -374,6 +374,13 @@ class Driver:
                 continue
             finally:
                 machine.up_read(lock)
+            yield machine.step(
+                f"It has let go of the mmap_lock. Until {self.name} has its own lock, {{range}} may "
+                "change.",
+                range.mm,
+                range.start,
+                range.end,
+            )
             yield from machine.down_write(self.lock)
             if not mmu_interval_read_retry(machine, range.notifier, range.notifier_seq):
                 return

@@ -36,9 +36,9 @@ def test_a_button_takes_a_turn_and_back_takes_it_back(view):
 
 
 def test_the_tables_beneath_are_those_of_the_moment(view):
-    view.order = "ddddccccc"
+    view.order = "dddddccccc"
     codes = view.grid.codes.copy()
-    assert repr(view) == "RaceView(ddddccccc: CPU 2 empty 2 rw, device none, nothing wrong)"
+    assert repr(view) == "RaceView(dddddccccc: CPU 2 empty 2 rw, device none, nothing wrong)"
     view.take("device")
     assert "device 2 rw 2 stale, wrong" in repr(view)
     assert "hmm-bad" in view.status.value and "A page 0" in view.status.value
