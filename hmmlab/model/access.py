@@ -29,7 +29,12 @@ from hmmlab.model.geometry import PMD_PAGES, align_down
 from hmmlab.model.huge_memory import leaders_of_blocks, split_huge_pmd, will_be_huge
 from hmmlab.model.hugetlb import hugetlb_fault
 from hmmlab.model.machine import KernelError, Machine, Routine, kernel
-from hmmlab.model.memory import audiences, fault_around_window, handle_mm_fault
+from hmmlab.model.memory import (
+    audiences,
+    brought_by_first_window,
+    fault_around_window,
+    handle_mm_fault,
+)
 from hmmlab.model.mm_types import (
     VM_ACCESS_FLAGS,
     VM_HUGETLB,
@@ -207,11 +212,8 @@ def _faulting(machine: Machine, vma: Vma, vpns: Pfns, empty: Bools) -> Pfns:
     The first ``empty`` page of a window brings those of its neighbours that the cache has.
     """
     there = cached(machine, vma.file, vma.pgoff_of(0) + vpns) > 0
-    low, high = fault_around_window(vma, vpns)
-    # The first window may begin unaligned, and then reaches into the second.
-    opening = empty & (low == vma.start)
-    reach = int(high[opening][0]) if any_of(opening) else vma.start
-    brought = empty & there & (low > vma.start) & (vpns < reach)
+    brought = brought_by_first_window(machine, vma, vpns, empty)
+    low, _ = fault_around_window(vma, vpns)
     waiting = empty & ~brought
     first = waiting.copy()
     first[waiting] = np.diff(low[waiting], prepend=-1) != 0

@@ -26,6 +26,7 @@ from hmmlab.model.entry import (
     SOFT_DIRTY,
     SPECIAL,
     SWP_DEVICE_READ,
+    Bools,
     Pfns,
     is_device_exclusive,
     is_device_private,
@@ -66,7 +67,13 @@ from hmmlab.model.rmap import page_add_file_rmap, page_add_new_anon_rmap
 from hmmlab.model.state import Rows, row_numbers, unique_rows
 from hmmlab.model.swap_fault import do_swap_page
 
-__all__ = ["Faults", "audiences", "fault_around_window", "handle_mm_fault"]
+__all__ = [
+    "Faults",
+    "audiences",
+    "brought_by_first_window",
+    "fault_around_window",
+    "handle_mm_fault",
+]
 
 #: Pages of the aligned window in which a read fault of a file maps what is cached.
 FAULT_AROUND = 16
@@ -315,9 +322,24 @@ def fault_around_window(vma: Vma, vpns: Pfns) -> tuple[Pfns, Pfns]:
     return low, np.minimum(np.minimum(low + FAULT_AROUND, table), vma.end)
 
 
+def brought_by_first_window(machine: Machine, vma: Vma, vpns: Pfns, empty: Bools) -> Bools:
+    """Which ``empty`` ones of ``vpns`` (ascending) are there once those before them have faulted.
+
+    A window that begins at the mapping's first page, unaligned, reaches into the next one.
+    """
+    low, high = fault_around_window(vma, vpns)
+    first = empty & (low == vma.start)
+    reach = int(high[first][0]) if first.any() else vma.start
+    brought = empty & (low > vma.start) & (vpns < reach)
+    if brought.any():
+        brought &= cached(machine, vma.file, vma.pgoff_of(0) + vpns) > 0
+    return brought
+
+
 def _fault_around(machine: Machine, vma: Vma, vpns: Pfns) -> None:
     """Map what the cache has around each of ``vpns`` (``filemap_map_pages``)."""
-    low, high = fault_around_window(vma, vpns)
+    faulting = ~brought_by_first_window(machine, vma, vpns, np.ones(vpns.size, np.bool_))
+    low, high = fault_around_window(vma, vpns[faulting])
     low, unique = np.unique(low, return_index=True)
     around = (low[:, None] + np.arange(FAULT_AROUND)).ravel()
     around = np.unique(around[around < np.repeat(high[unique], FAULT_AROUND)])
