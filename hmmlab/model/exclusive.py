@@ -11,6 +11,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from hmmlab.model.anon_vma import find_vmas_of_anon_vma
 from hmmlab.model.entry import (
     ACCESSED,
     DIRTY,
@@ -29,9 +30,10 @@ from hmmlab.model.entry import (
     swap_type,
     swap_word,
 )
+from hmmlab.model.geometry import PMD_PAGES
 from hmmlab.model.hugetlb import is_hugetlb
 from hmmlab.model.machine import Machine, Routine, kernel
-from hmmlab.model.mm_types import VM_WRITE, Vma, vm_page_prot
+from hmmlab.model.mm_types import VM_WRITE, Vma, vm_page_prot, vma_at
 from hmmlab.model.mmu_notifier import (
     Event,
     MmuNotifierRange,
@@ -67,7 +69,7 @@ def make_device_exclusive(
             small = part[heads[part] == 0]
             if small.size:
                 valid[small] = yield from _make_exclusive(
-                    machine, mm, vpns[small], pfns[small], owner, vpns[small]
+                    machine, mm, vpns[small], pfns[small], owner
                 )
             for number in part[heads[part] != 0].tolist():  # over huge pages
                 valid[number] = yield from _make_huge_exclusive(
@@ -79,57 +81,96 @@ def make_device_exclusive(
 def _make_huge_exclusive(
     machine: Machine, mm: int, vpn: int, head: int, owner: int
 ) -> Routine[bool]:
-    """All that maps part of a huge page becomes exclusive with its head."""
+    """All that maps part of a huge page becomes exclusive with its head.
+
+    The walk ends at the first word that is exclusive already, and the mappings behind it do not
+    hear.
+    """
     pfns = frames_of(np.array([head]))
-    valid = yield from _make_exclusive(
-        machine, mm, vpn + np.arange(pfns.size), pfns, owner, np.full(pfns.size, vpn)
-    )
-    if valid.any():
-        set_flags(machine, pfns[1:], off=PG_LOCKED)
-    mapped = machine["page.mapcount"][page_rows(machine, pfns)] > 0
-    return bool(valid[0]) and not mapped.any()
+    pfns = pfns[machine["page.compound"][pfns] == head]
+    found = rmap_walk(machine, pfns)
+    index, valid = int(machine["page.index"][head]), False
+    for row in find_vmas_of_anon_vma(machine, int(machine["page.mapping"][head])):
+        vma = vma_at(machine, row)
+        low = max(index - vma.pgoff_of(0), vma.start)
+        high = min(index + PMD_PAGES - vma.pgoff_of(0), vma.end)
+        if low >= high:
+            continue
+        order = np.array([vpn])
+        range = MmuNotifierRange.one(
+            vma.mm, Event.EXCLUSIVE, low, high, owner=owner, vma=row, order=order
+        )
+        yield from invalidate_range_start(machine, range)
+        place = found.only(found.maps & (found.vma == row))
+        present = np.logical_and.accumulate(is_present(machine["pte"][place.row]))
+        mine = place.only(present)
+        writable = _name_as_exclusive(machine, pfns[mine.which], mine.row)
+        valid |= vma.mm == mm and bool(writable[mine.vpn == vpn].any())
+        yield machine.step(
+            "The words of {range} name parts of a huge page that the device has to itself.",
+            vma.mm,
+            low,
+            high,
+        )
+        yield from invalidate_range_end(machine, range)
+        mapped = (machine["page.mapcount"][pfns] > 0).any()
+        if not present.all() or not mapped:
+            break
+    if not valid or (machine["page.mapcount"][pfns] > 0).any():
+        return False
+    set_flags(machine, pfns[:1], PG_LOCKED)
+    return True
 
 
 def _make_exclusive(
-    machine: Machine, mm: int, vpns: Pfns, pfns: Pfns, owner: int, order: Pfns
+    machine: Machine, mm: int, vpns: Pfns, pfns: Pfns, owner: int
 ) -> Routine[Bools]:
     valid = np.zeros(pfns.size, np.bool_)
+    over = np.zeros(pfns.size, np.bool_)
     found = rmap_walk(machine, pfns).until_unmapped()
-    one_range = pfns.size > 1 and bool((order == order[0]).all())  # one huge page
     for vma, place in found.by_vma():
         where = int(machine["vma.mm"][vma])
-        low, high = int(place.vpn.min()), int(place.vpn.max()) + 1
+        place = place.only(~over[place.which])
+        if not place.which.size:
+            continue
         range = MmuNotifierRange.each(
-            where, Event.EXCLUSIVE, place.vpn, owner=owner, vma=vma, order=order[place.which]
+            where, Event.EXCLUSIVE, place.vpn, owner=owner, vma=vma, order=vpns[place.which]
         )
-        if one_range:
-            range = MmuNotifierRange.one(
-                where, Event.EXCLUSIVE, low, high, owner=owner, vma=vma, order=order[:1]
-            )
         yield from invalidate_range_start(machine, range)
         mapped = place.only(place.maps)
-        words = machine["pte"][mapped.row]
-        mapped, words = mapped.only(is_present(words)), words[is_present(words)]
-        frames, writable = pfns[mapped.which], (words & RW) != 0
+        present = is_present(machine["pte"][mapped.row])
+        over[mapped.which[~present]] = True
+        mapped = mapped.only(present)
+        writable = _name_as_exclusive(machine, pfns[mapped.which], mapped.row)
         expected = (vpns[mapped.which] == mapped.vpn) & (where == mm)
         valid[mapped.which[expected & writable]] = True
-        dirty = frames[(words & DIRTY) != 0]
-        if dirty.size:
-            set_flags(machine, unique_rows(dirty), PG_DIRTY)
-        kinds = np.where(writable, SWP_DEVICE_EXCLUSIVE_WRITE, SWP_DEVICE_EXCLUSIVE_READ)
-        marks = np.where((words & SOFT_DIRTY) != 0, np.uint64(SWP_SOFT_DIRTY), np.uint64(0))
-        machine.write("pte", mapped.row, swap_word(kinds, frames) | marks)
-        every = np.ones(frames.size, np.bool_)
-        machine.called_in_turn(("flush_tlb_mm_range", every), ("page_remove_rmap", every))
-        page_remove_rmap(machine, frames, noted=True)
         yield machine.step(
-            "The words of {range} name pages that the device has to itself.", where, low, high
+            "The words of {range} name pages that the device has to itself.",
+            where,
+            int(place.vpn.min()),
+            int(place.vpn.max()) + 1,
         )
         yield from invalidate_range_end(machine, range)
     valid &= machine["page.mapcount"][page_rows(machine, pfns)] == 0
     if valid.any():
         set_flags(machine, pfns[valid], PG_LOCKED)
     return valid
+
+
+def _name_as_exclusive(machine: Machine, pfns: Pfns, rows: NDArray[np.int64]) -> Bools:
+    """Put exclusive entries in place of present words; returns which were writable."""
+    words = machine["pte"][rows]
+    writable: Bools = (words & RW) != 0
+    dirty = pfns[(words & DIRTY) != 0]
+    if dirty.size:
+        set_flags(machine, unique_rows(dirty), PG_DIRTY)
+    kinds = np.where(writable, SWP_DEVICE_EXCLUSIVE_WRITE, SWP_DEVICE_EXCLUSIVE_READ)
+    marks = np.where((words & SOFT_DIRTY) != 0, np.uint64(SWP_SOFT_DIRTY), np.uint64(0))
+    machine.write("pte", rows, swap_word(kinds, pfns) | marks)
+    every = np.ones(pfns.size, np.bool_)
+    machine.called_in_turn(("flush_tlb_mm_range", every), ("page_remove_rmap", every))
+    page_remove_rmap(machine, pfns, noted=True)
+    return writable
 
 
 def restore_exclusive_ptes(machine: Machine, vma: Vma, vpns: NDArray[np.int64], rows: Rows) -> None:
