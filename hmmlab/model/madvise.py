@@ -36,7 +36,6 @@ from hmmlab.model.mm_types import (
     VM_PFNMAP,
     VM_SHARED,
     VM_WIPEONFORK,
-    VM_WRITE,
     Vma,
     find_vma,
     find_vma_prev,
@@ -230,8 +229,8 @@ def _remove(machine: Machine, vma: Vma, prev: Vma | None, start: int, stop: int)
     """Punch a hole into the file that is mapped, for all who map it."""
     if not vma.file or vma.flags & VM_LOCKED:
         raise _refuse(machine, vma, start, _EINVAL, "no file is mapped there")
-    if vma.flags & (VM_SHARED | VM_WRITE) != VM_SHARED | VM_WRITE:
-        raise _refuse(machine, vma, start, _EACCES, "the mapping is no shared writable one")
+    if not vma.flags & VM_SHARED:  # it may be made writable, whether it is or not
+        raise _refuse(machine, vma, start, _EACCES, "the mapping is no shared one")
     first, last = vma.pgoff_of(start), vma.pgoff_of(stop)
     for row in find_vmas_of_file(machine, vma.file):
         other = vma_at(machine, row)

@@ -47,8 +47,11 @@ def sys_mremap(machine: Machine, mm: int, start: int, pages: int, to: int) -> Ro
     lock = mm_lock(machine, mm)
     yield from machine.down_write(lock)
     try:
-        huge = vma_lookup(machine, mm, start)
-        if huge and huge.flags & VM_HUGETLB:
+        vma = vma_lookup(machine, mm, start)
+        if vma is None:
+            place = machine.names.place(mm, start, start + 1)
+            raise KernelError(_EFAULT, f"{place}: no mapping")
+        if vma.flags & VM_HUGETLB:
             pages = align_up(pages, PMD_PAGES)
             stop = start + pages
             if start % PMD_PAGES or to % PMD_PAGES or (start < to + pages and to < stop):
@@ -101,7 +104,8 @@ def move_page_tables(machine: Machine, vma: Vma, start: int, stop: int, to: int)
         if run.huge:
             edges: tuple[int, ...] = (run.start, run.stop)
             if not aligned:
-                edges = tuple(np.arange(run.start | 1, run.stop, PMD_PAGES).tolist())
+                first = run.start // PMD_PAGES * PMD_PAGES  # inside each of its PMD words
+                edges = tuple(np.arange(first + 1, run.stop + 1, PMD_PAGES).tolist())
             yield from split_huge_pmds_across(machine, vma, edges)
     for run in list(walk(machine, root, start, stop)):
         if run.row < 0:
