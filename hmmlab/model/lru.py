@@ -41,7 +41,9 @@ def mark_page_lazyfree(machine: Machine, pfns: Pfns) -> None:
     pfns = pfns[suited]
     get_page(machine, pfns)
     waiting = np.concatenate([_waiting(machine), pfns])
-    full = waiting.size // _BATCH * _BATCH
+    huge = np.flatnonzero(machine["page.compound"][page_rows(machine, waiting)])
+    at_once = int(huge[-1]) + 1 if huge.size else 0  # a huge page does not wait, and nobody before
+    full = at_once + (waiting.size - at_once) // _BATCH * _BATCH
     _move(machine, waiting[:full])
     _wait(machine, waiting[full:])
 

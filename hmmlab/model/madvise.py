@@ -5,7 +5,7 @@ Source: mm/madvise.c.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
@@ -55,11 +55,12 @@ from hmmlab.model.page import (
     PG_DIRTY,
     PG_LRU,
     as_rows,
+    frames_of,
     is_zone_device,
     page_rows,
     set_flags,
 )
-from hmmlab.model.page_table import walk
+from hmmlab.model.page_table import huge_blocks, walk
 from hmmlab.model.state import unique_rows
 from hmmlab.model.swap import folio_free_swap, free_swap_and_cache
 from hmmlab.model.tlb import MmuGather
@@ -163,10 +164,9 @@ def _free(machine: Machine, vma: Vma, prev: Vma | None, start: int, stop: int) -
 
 @kernel("mm/pagewalk.c", "walk_page_range")
 def _free_range(machine: Machine, tlb: MmuGather, vma: Vma, start: int, stop: int) -> Routine[None]:
-    yield from _split_partly_covered(machine, vma, start, stop)
-    for run in walk(machine, mm_root(machine, vma.mm), start, stop):
-        if run.row >= 0:
-            _free_words(machine, tlb, run.row, run.stop - run.start)
+    for low, high, row in list(_tables(machine, vma, start, stop)):
+        end = yield from _split_until_shared(machine, vma, low, high, row, by_head=True)
+        _free_words(machine, tlb, row, end - low)
     yield machine.step("{range} may be freed whenever memory runs short.", vma.mm, start, stop)
 
 
@@ -179,9 +179,6 @@ def _free_words(machine: Machine, tlb: MmuGather, row: int, pages: int) -> None:
         free_swap_and_cache(machine, swap_offset(words[swapped]))
     rows, words, pfns = _small_pages(machine, rows, words)
     frames = page_rows(machine, pfns)
-    # A huge page that others map too is left alone.
-    own = (machine["page.compound"][frames] == 0) | (machine["page.mapcount"][frames] == 1)
-    rows, words, pfns, frames = rows[own], words[own], pfns[own], frames[own]
     flags = machine["page.flags"][frames]
     kept = (machine["page.swap"][frames] != 0) | ((flags & PG_DIRTY) != 0)
     once = machine["page.mapcount"][frames] == 1
@@ -196,21 +193,57 @@ def _free_words(machine: Machine, tlb: MmuGather, row: int, pages: int) -> None:
     mark_page_lazyfree(machine, pfns)
 
 
-def _split_partly_covered(machine: Machine, vma: Vma, start: int, stop: int) -> Routine[None]:
-    """Split huge pages that a range covers in part, or whose words are small, if mapped once."""
-    for run in list(walk(machine, mm_root(machine, vma.mm), start, stop)):
+def _tables(machine: Machine, vma: Vma, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
+    """First page, page past the last and row of the words of a range, table by table.
+
+    Tables that lie side by side are taken at once where they map no huge page.
+    """
+    for run in walk(machine, mm_root(machine, vma.mm), start, stop):
         if run.row < 0:
             continue
-        words = machine["pte"][run.row : run.row + run.stop - run.start]
-        normal = is_present(words) & ((words & SPECIAL) == 0)
-        frames = page_rows(machine, np.where(normal, pfn_of(words), 0))
+        rows = np.arange(run.row, run.row + run.stop - run.start)
+        _, _, pfns = _small_pages(machine, rows, machine["pte"][rows])
+        if not run.huge and not machine["page.compound"][page_rows(machine, pfns)].any():
+            yield run.start, run.stop, run.row
+            continue
+        first = align_down(run.start, PMD_PAGES)
+        for at in np.arange(first, run.stop, PMD_PAGES).tolist():
+            low, high = max(at, run.start), min(at + PMD_PAGES, run.stop)
+            yield low, high, run.row + low - run.start
+
+
+def _split_until_shared(
+    machine: Machine, vma: Vma, low: int, high: int, row: int, *, by_head: bool
+) -> Routine[int]:
+    """Split the huge pages of one table, unless a PMD word maps one that is wholly in the range.
+
+    Returns where the walk of the table ends: at a huge page that others map too, or that cannot be
+    split. ``by_head`` says that its first frame tells how often it is mapped.
+    """
+    if huge_blocks(machine, mm_root(machine, vma.mm), np.array([low]))[0]:
+        word = machine["pte"][row : row + 1]
+        if word[0] & np.uint64(SPECIAL):
+            return low
+        head = int(machine["page.compound"][pfn_of(word)[0]])
+        counts = machine["page.mapcount"][frames_of(np.array([head]))]
+        if (counts[: None if by_head else 1] != 1).any():
+            return low
+        if high - low == PMD_PAGES:
+            return high
+        return high if (yield from split_huge_page(machine, head)) else low
+    while True:  # over huge pages
+        rows = np.arange(row, row + high - low)
+        rows, _, pfns = _small_pages(machine, rows, machine["pte"][rows])
+        frames = page_rows(machine, pfns)
         heads = machine["page.compound"][frames]
-        vpns = np.arange(run.start, run.stop)
-        whole = run.huge & (vpns // PMD_PAGES * PMD_PAGES >= start)
-        whole &= vpns // PMD_PAGES * PMD_PAGES + PMD_PAGES <= stop
-        parts = (heads != 0) & ~whole & (machine["page.mapcount"][frames] == 1)
-        for head in dict.fromkeys(heads[parts].tolist()):
-            yield from split_huge_page(machine, head)
+        if not heads.any():
+            return high
+        first = int(np.argmax(heads != 0))
+        head = int(heads[first])
+        asked = head if by_head else int(frames[first])
+        count = machine["page.mapcount"][asked] * (machine["page.compound"][asked] == head)
+        if count != 1 or not (yield from split_huge_page(machine, head)):
+            return low + int(rows[first]) - row
 
 
 _ALL = (1 << 64) - 1
@@ -271,11 +304,9 @@ def _age(machine: Machine, vma: Vma, start: int, stop: int, *, reclaim: bool) ->
 def _age_range(
     machine: Machine, tlb: MmuGather, vma: Vma, start: int, stop: int, *, reclaim: bool
 ) -> Routine[None]:
-    yield from _split_partly_covered(machine, vma, start, stop)
-    for run in list(walk(machine, mm_root(machine, vma.mm), start, stop)):
-        if run.row < 0:
-            continue
-        rows = np.arange(run.row, run.row + run.stop - run.start)
+    for low, high, row in list(_tables(machine, vma, start, stop)):
+        end = yield from _split_until_shared(machine, vma, low, high, row, by_head=False)
+        rows = np.arange(row, row + end - low)
         rows, words, pfns = _small_pages(machine, rows, machine["pte"][rows])
         frames = page_rows(machine, pfns)
         mine = (machine["page.mapcount"][frames] == 1) & (
