@@ -16,6 +16,7 @@ from hmmlab.model.entry import (
     RW,
     SOFT_DIRTY,
     SPECIAL,
+    Bools,
     Pfns,
     Words,
     marks_and_pfns,
@@ -66,7 +67,7 @@ def do_wp_page(machine: Machine, vma: Vma, vpns: Pfns, rows: Rows, words: Words)
     exclusive = anon & ((flags & np.uint32(PG_ANON_EXCLUSIVE)) != 0)
     alone = anon & ~exclusive & ((flags & np.uint32(PG_KSM)) == 0)
     give_up_swap(machine, some(frames, alone))
-    alone = alone & (_folio_ref_count(machine, at) == 1)
+    alone = alone & (_folio_ref_count(machine, at, alone) == 1)
     shared = normal & ~anon & bool(vma.flags & VM_SHARED)
     if any_of(shared):  # wp_page_shared
         set_flags(machine, some(frames, shared), PG_DIRTY)
@@ -93,19 +94,27 @@ def do_wp_page(machine: Machine, vma: Vma, vpns: Pfns, rows: Rows, words: Words)
         )
 
 
-def _folio_ref_count(machine: Machine, rows: Rows) -> NDArray[np.int32]:
-    """References to the pages, those to all of its frames for part of a huge page; or one."""
+def _folio_ref_count(machine: Machine, rows: Rows, leaving: Bools) -> NDArray[np.int32]:
+    """References to the pages, those to all of its frames for part of a huge page; or one for all.
+
+    The parts of a huge page that are ``leaving`` it for copies do so one after another, so that the
+    last part may find itself alone.
+    """
     compound = alike(machine["page.compound"][rows])
     if not any_of(compound):
         return alike(machine["page.refcount"][rows])
     counts: NDArray[np.int32] = machine["page.refcount"][rows].copy()
     compound = np.broadcast_to(compound, counts.shape)
-    if any_of(compound):
-        parts = np.flatnonzero(compound)
-        heads, which = np.unique(compound[parts], return_inverse=True)
-        frames = frames_of(heads).reshape(heads.size, PMD_PAGES)
-        mine = machine["page.compound"][frames] != 0  # some may be free, and used for other things
-        counts[parts] = (machine["page.refcount"][frames] * mine).sum(axis=1)[which]
+    leaving = np.broadcast_to(leaving, counts.shape)
+    parts = np.flatnonzero(compound)
+    heads, which = np.unique(compound[parts], return_inverse=True)
+    frames = frames_of(heads).reshape(heads.size, PMD_PAGES)
+    mine = machine["page.compound"][frames] != 0  # some may be free, and used for other things
+    counts[parts] = (machine["page.refcount"][frames] * mine).sum(axis=1)[which]
+    for number in range(heads.size):  # over huge pages
+        going = parts[which == number]
+        going = going[leaving[going]]
+        counts[going] -= np.arange(going.size, dtype=counts.dtype)
     return counts
 
 

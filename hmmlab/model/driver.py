@@ -375,8 +375,8 @@ class Driver:
             finally:
                 machine.up_read(lock)
             yield machine.step(
-                f"It has let go of the mmap_lock. Until {self.name} has its own lock, {{range}} may "
-                "change.",
+                f"It has let go of the mmap_lock. Before {self.name} has its own lock, {{range}} "
+                "may change.",
                 range.mm,
                 range.start,
                 range.end,
