@@ -343,6 +343,8 @@ def get_user_pages(
             words = yield from faultin(machine, vma, at, end, write, remote=remote, split=split)
         except KernelError:
             break
+        if write and remote and not vma.flags & VM_HUGETLB:  # get_user_pages_remote touches them
+            _mark_dirty(machine, vma, at, end)
         found = np.concatenate([found, pfn_of(words)])
         at = end
     if not found.size:
