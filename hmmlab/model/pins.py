@@ -68,7 +68,8 @@ def pin_user_pages(machine: Machine, mm: int, start: int, stop: int) -> Routine[
     Raises
     ------
     KernelError
-        EFAULT when one cannot be had or written; EBUSY when a buffer is registered already;
+        EFAULT when one cannot be had or written; EBUSY when a buffer is registered already,
+        or somebody holds device memory;
         EOPNOTSUPP where a device file is mapped.
     """
     if _rows(machine, mm, _PIN).size:
@@ -88,12 +89,21 @@ def pin_user_pages(machine: Machine, mm: int, start: int, stop: int) -> Routine[
             if not device.size:
                 break
             put_page(machine, pfns)
-            yield from migrate_device_coherent_pages(machine, device)
+            yield from _bring_home(machine, device)
     finally:
         machine.up_read(lock)
     machine.add("page.refcount", as_rows(page_rows(machine, pfns)), GUP_PIN_COUNTING_BIAS - 1)
     _note(machine, mm, pfns, _PIN)
     yield machine.step("{range} {are} pinned.", mm, start, stop)
+
+
+def _bring_home(machine: Machine, pfns: Pfns) -> Routine[None]:
+    """Move device memory to RAM, page after page, up to the first that somebody else holds."""
+    rows = page_rows(machine, pfns)
+    held = np.flatnonzero(machine["page.refcount"][rows] != machine["page.mapcount"][rows])
+    yield from migrate_device_coherent_pages(machine, pfns[: held[0] + 1] if held.size else pfns)
+    if held.size:
+        raise KernelError(_EBUSY, "somebody holds device memory, which so cannot come home")
 
 
 @kernel("mm/gup.c")
