@@ -245,26 +245,34 @@ def marks_of(words: Words) -> Words:
 
     All that can be asked of a word besides its frame can be asked of its marks.
     """
-    return marks_and_pfns(words)[0]
+    field = _frame_field(words)
+    return alike(words & np.uint64(~field & _WORD)) if field else alike(words)
 
 
 def marks_and_pfns(words: Words) -> tuple[Words, Pfns]:
     """What :func:`marks_of` and :func:`named_pfn` say of words, uint64 of shape (n,)."""
+    field = _frame_field(words)
+    if field == PFN_MASK:
+        pfns = words & np.uint64(PFN_MASK)
+        marks = alike(words ^ pfns)
+        pfns >>= np.uint64(PAGE_SHIFT)
+        return marks, pfns.view(np.int64)
+    if field:
+        return alike(words & np.uint64(~field & _WORD)), swap_offset_pfn(words)
+    marks = alike(words)
+    named = np.where(has_pfn(marks), swap_offset_pfn(marks), 0)
+    named = np.where(is_present(marks), pfn_of(marks), named)
+    return marks, named if marks.size == words.size else np.full(words.size, named)
+
+
+def _frame_field(words: Words) -> int:
+    """The bits in which all of some words name their frames; 0 where they are of several kinds."""
     if np.bitwise_and.reduce(words) & np.uint64(PRESENT):
-        field = words & np.uint64(PFN_MASK)
-        marks = alike(words ^ field)
-        field >>= np.uint64(PAGE_SHIFT)
-        return marks, field.view(np.int64)
-    if _all_name_swp_pfn(words):
-        marks = alike(words & np.uint64(~(_SWP_PFN_MASK << _OFFSET_SHIFT) & _WORD))
-        return marks, swap_offset_pfn(words)
-    named = np.where(has_pfn(words), swap_offset_pfn(words), 0)
-    return alike(words), np.where(is_present(words), pfn_of(words), named)
-
-
-def _all_name_swp_pfn(words: Words) -> bool:
-    """Whether all are migration or device entries: no present word has bits so high."""
-    return bool(words.size) and int(words.min()) >= SWP_MIGRATION_READ << _TYPE_SHIFT
+        return PFN_MASK
+    # Migration and device entries: no present word has bits so high.
+    if words.size and int(words.min()) >= SWP_MIGRATION_READ << _TYPE_SHIFT:
+        return _SWP_PFN_MASK << _OFFSET_SHIFT
+    return 0
 
 
 def migration_word(words: Words, pfns: Pfns, writable: Bools, exclusive: Bools) -> Words:
