@@ -183,7 +183,7 @@ def _touch_alike(
         marks = marks_of(words)
         lacking = (marks & wanted) != wanted
         if any_of(lacking):
-            lacking = lacking & ~repeats_device_private(words)
+            lacking = lacking & ~repeats_device_private(words, marks)
         if not any_of(lacking):
             return words
         faulting = some(vpns, lacking)

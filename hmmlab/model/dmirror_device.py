@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 from hmmlab.model.alike import alike, any_of, rows_where, some
 from hmmlab.model.driver import backing
 from hmmlab.model.entry import (
-    MIGRATE_PFN_MIGRATE,
     MIGRATE_PFN_WRITE,
     Pfns,
     migrate_flags,
@@ -150,7 +149,7 @@ class DmirrorDevice:
         """Bring what is on frames ``first`` to ``last - 1`` home to RAM, wherever it is mapped."""
         machine = self.machine
         migrate = yield from migrate_device_range(machine, np.arange(first, last), self.owner)
-        wanted = migrate.having(MIGRATE_PFN_MIGRATE)
+        _, wanted = migrate.valid_and_migrating()
         if any_of(wanted):
             fill_dst(machine, migrate, wanted)
         yield from migrate_device_pages(machine, migrate)

@@ -315,12 +315,12 @@ def is_device_private(words: Words) -> Bools:
     return (kind == SWP_DEVICE_WRITE) | (kind == SWP_DEVICE_READ)
 
 
-def repeats_device_private(words: Words) -> Bools:
+def repeats_device_private(words: Words, marks: Words) -> Bools:
     """Which words, of shape (n,), name a device-private page that one before them names too.
 
-    One for all where none does.
+    ``marks`` are theirs. One for all where none does.
     """
-    mine = is_device_private(marks_of(words))
+    mine = is_device_private(marks)
     pfns = swap_offset_pfn(some(words, mine))
     if (pfns[1:] > pfns[:-1]).all() or (pfns[1:] < pfns[:-1]).all():
         return np.array([False])

@@ -210,9 +210,10 @@ def _swap_in(machine: Machine, vma: Vma, first: int, words: Words) -> Routine[No
         return
     rows = rows_of_range(machine, mm_root(machine, vma.mm), first, first + PMD_PAGES)
     start = rows.start if isinstance(rows, slice) else int(np.atleast_1d(rows)[0])
+    swapped = words[absent]
     with machine.bulk(absent.size):
         yield from do_swap_page(
-            machine, vma, first + absent, as_rows(start + absent), words[absent], False
+            machine, vma, first + absent, as_rows(start + absent), swapped, swapped, write=False
         )
     lru_add_drain(machine)
 

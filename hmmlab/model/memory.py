@@ -172,6 +172,7 @@ def handle_mm_fault(
             some(vpns, elsewhere),
             some_rows(rows, elsewhere),
             some(words, elsewhere),
+            some(marks, elsewhere),
             write,
             remote,
         )

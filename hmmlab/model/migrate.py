@@ -18,7 +18,6 @@ from hmmlab.model.anon_vma import anon_vma_prepare
 from hmmlab.model.entry import (
     DIRTY,
     MIGRATE_PFN_MIGRATE,
-    MIGRATE_PFN_VALID,
     RW,
     SOFT_DIRTY,
     SPECIAL,
@@ -121,7 +120,7 @@ def migrate_vma_setup(machine: Machine, migrate: MigrateVma) -> Routine[None]:
 def migrate_device_unmap(machine: Machine, migrate: MigrateVma) -> Routine[None]:
     """Unmap the pages everywhere else, and give up those that somebody holds."""
     lru_add_drain(machine)
-    valid = migrate.having(MIGRATE_PFN_VALID)
+    valid, _ = migrate.valid_and_migrating()
     if not any_of(valid):
         return
     pfns = some(migrate.src_pfns, valid)
@@ -184,7 +183,7 @@ def migrate_device_pages(machine: Machine, migrate: MigrateVma) -> Routine[None]
 def _migrate_pages(machine: Machine, migrate: MigrateVma) -> Routine[None]:
     pages = migrate.vpns.size
     migrate.keep(migrate.dst != 0)
-    migrating, valid = migrate.having(MIGRATE_PFN_MIGRATE), migrate.having(MIGRATE_PFN_VALID)
+    valid, migrating = migrate.valid_and_migrating()
     holes, movers = migrating & ~valid, migrating & valid
     if any_of(holes) and migrate.vma is not None:
         where = row_numbers(rows_where(holes, pages))
@@ -282,8 +281,9 @@ def migrate_device_finalize(machine: Machine, migrate: MigrateVma) -> Routine[No
 
 
 def _finalize(machine: Machine, migrate: MigrateVma) -> Routine[None]:
-    valid, given = migrate.having(MIGRATE_PFN_VALID), alike(migrate.dst != 0)
-    moved = valid & migrate.having(MIGRATE_PFN_MIGRATE) & given
+    valid, migrating = migrate.valid_and_migrating()
+    given = alike(migrate.dst != 0)
+    moved = valid & migrating & given
     busy = valid | given
     frames = (migrate.vpns, migrate.src_pfns, migrate.dst_pfns)
     pages = [some(array, busy) for array in frames]

@@ -147,9 +147,11 @@ class MigrateVma:
         """Frame of each entry of ``dst``; 0 where the driver gave none."""
         return migrate_pfn_to_pfn(self.dst)
 
-    def having(self, bit: int) -> Bools:
-        """Which entries of ``src`` have a MIGRATE_PFN_* bit, one for all where they are alike."""
-        return (migrate_flags(self.src) & np.uint8(bit)) != 0
+    def valid_and_migrating(self) -> tuple[Bools, Bools]:
+        """Which entries of ``src`` name a page, and which have MIGRATE; each maybe one for all."""
+        flags = migrate_flags(self.src)
+        valid: Bools = (flags & np.uint8(MIGRATE_PFN_VALID)) != 0
+        return valid, (flags & np.uint8(MIGRATE_PFN_MIGRATE)) != 0
 
     def places(self, machine: Machine, vpns: Pfns) -> Places | None:
         """Where the migration entries of some pages are, unless the reverse mapping must tell."""
@@ -182,7 +184,7 @@ class MigrateVma:
 
     def count(self) -> None:
         """Count the entries that have MIGRATE."""
-        self.cpages = how_many(self.having(MIGRATE_PFN_MIGRATE), self.vpns.size)
+        self.cpages = how_many(self.valid_and_migrating()[1], self.vpns.size)
 
 
 # --- several at once ------------------------------------------------------------------------------

@@ -261,12 +261,12 @@ def _hit_intervals(machine: Machine, range: MmuNotifierRange) -> Routine[None]:
     refused = False
     for subscription, mine in hits.items():
         if any_of(mine):
-            subscriber = machine.objects["interval"][subscription]
-            heard, before = range, np.arange(range.size)
+            heard, before = range, None
             if mine.size > 1:
                 heard, before = range[mine], (np.cumsum(hit) - 1)[mine]
+            subscriber = machine.objects["interval"][subscription]
             refused |= not (
-                yield from _call_back(subscriber, subscription, heard, seq + step * before)
+                yield from _call_back(subscriber, subscription, heard, seq, step, before)
             )
     if refused:
         _interval_end(machine, mm)
@@ -311,13 +311,22 @@ def _call_back(
     subscriber: IntervalSubscriber,
     subscription: int,
     range: MmuNotifierRange,
-    seqs: NDArray[np.int64],
+    seq: int,
+    step: int,
+    before: NDArray[np.int64] | None,
 ) -> Routine[bool]:
+    """Tell a subscriber of a series, or of one range of it after another, each with its number.
+
+    That is ``seq``, and ``step`` more for each range that came ``before``: None where they are the
+    series' own.
+    """
     if subscriber.takes_series:
-        return (yield from _maybe(subscriber.invalidate(subscription, range, int(seqs[-1]))))
+        last = seq + step * (range.size - 1 if before is None else int(before[-1]))
+        return (yield from _maybe(subscriber.invalidate(subscription, range, last)))
+    seqs = seq + step * (np.arange(range.size) if before is None else before)
     willing = True
-    for single, seq in zip(_singles(range), seqs.tolist(), strict=True):
-        willing &= bool((yield from _maybe(subscriber.invalidate(subscription, single, seq))))
+    for single, number in zip(_singles(range), seqs.tolist(), strict=True):
+        willing &= bool((yield from _maybe(subscriber.invalidate(subscription, single, number))))
     return willing
 
 

@@ -24,7 +24,6 @@ from hmmlab.model.entry import (
     is_device_private,
     is_migration,
     is_swapped,
-    marks_of,
     present_word,
     repeats_device_private,
     swap_offset,
@@ -70,11 +69,12 @@ def do_swap_page(
     vpns: Pfns,
     rows: Rows,
     words: Words,
+    marks: Words,
     write: bool,
     remote: bool = False,
 ) -> Routine[None]:
-    """A fault on entries that are neither empty nor present."""
-    private = is_device_private(marks_of(words))
+    """A fault on entries that are neither empty nor present; ``marks`` are theirs."""
+    private = is_device_private(marks)
     if not all_of(private):
         words = yield from _migration_entry_wait(machine, vma, vpns, rows, words)
         exclusive = is_device_exclusive(words)
@@ -87,7 +87,7 @@ def do_swap_page(
     pages = pfn_to_page(machine, pfns)
     if not isinstance(pages, slice) and not are_unique(pfns):
         # The first fault brings a shared page home for all.
-        first = ~some(repeats_device_private(words), private)
+        first = ~some(repeats_device_private(words, words), private)
         pfns, at = some(pfns, first), some(at, first)
         pages = pfn_to_page(machine, pfns)
     if pfns.size:

@@ -21,7 +21,6 @@ from hmmlab.model.entry import (
     DEVICE_ATOMIC,
     DEVICE_VALID,
     DEVICE_WRITE,
-    MIGRATE_PFN_MIGRATE,
     MIGRATE_PFN_VALID,
     MIGRATE_PFN_WRITE,
     Pfns,
@@ -266,7 +265,7 @@ class Dmirror(Driver):
 
     @kernel("lib/test_hmm.c", "dmirror_migrate_alloc_and_copy")
     def _copy_to_device(self, migrate: MigrateVma) -> Routine[None]:
-        wanted = migrate.having(MIGRATE_PFN_MIGRATE)
+        _, wanted = migrate.valid_and_migrating()
         assert migrate.vma is not None
         copied = taken = 0
         if any_of(wanted):
@@ -301,7 +300,8 @@ class Dmirror(Driver):
     @kernel("lib/test_hmm.c", "dmirror_migrate_finalize_and_map")
     def _map_migrated(self, migrate: MigrateVma) -> Routine[None]:
         yield from self.machine.down_write(self.lock)
-        done = migrate.having(MIGRATE_PFN_MIGRATE) & alike(migrate.dst != 0)
+        _, migrating = migrate.valid_and_migrating()
+        done = migrating & alike(migrate.dst != 0)
         start, stop = int(migrate.vpns[0]), int(migrate.vpns[-1]) + 1
         if any_of(done):
             dst = some(migrate.dst, done)
@@ -337,8 +337,8 @@ class Dmirror(Driver):
                     yield from migrate_vma_setup(self.machine, migrate)
                     yield from self._copy_to_ram(migrate)
                     yield from migrate_vma_pages(self.machine, migrate)
-                    done = migrate.having(MIGRATE_PFN_VALID) & migrate.having(MIGRATE_PFN_MIGRATE)
-                    answer.cpages += how_many(done, migrate.vpns.size)
+                    valid, migrating = migrate.valid_and_migrating()
+                    answer.cpages += how_many(valid & migrating, migrate.vpns.size)
                     yield from migrate_vma_finalize(self.machine, migrate)
         finally:
             self.machine.up_read(lock)
@@ -355,7 +355,8 @@ class Dmirror(Driver):
 
     @kernel("lib/test_hmm.c", "dmirror_devmem_fault_alloc_and_copy")
     def _copy_to_ram(self, migrate: MigrateVma) -> Routine[None]:
-        wanted = migrate.having(MIGRATE_PFN_MIGRATE) & migrate.having(MIGRATE_PFN_VALID)
+        valid, migrating = migrate.valid_and_migrating()
+        wanted = valid & migrating
         count = how_many(wanted, migrate.vpns.size)
         if count:
             start, stop = int(migrate.vpns[0]), int(migrate.vpns[-1]) + 1
