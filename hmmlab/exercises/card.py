@@ -24,7 +24,8 @@ from hmmlab.model.history.migrate_2017 import (
 )
 from hmmlab.model.machine import Routine
 from hmmlab.model.mm_types import Vma, mm_lock, vma_lookup
-from hmmlab.model.page import PG_LOCKED, get_page, page_rows, set_flags
+from hmmlab.model.page import PG_LOCKED, page_rows, set_flags
+from hmmlab.model.page_ref import get_page
 from hmmlab.model.process import Process
 from hmmlab.model.region import Pages
 

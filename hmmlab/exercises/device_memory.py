@@ -13,7 +13,8 @@ from hmmlab.exercises.rules import Exercise, Trial, Wrong
 from hmmlab.model.geometry import PAGE_SIZE, SECTION_PAGES, align_up
 from hmmlab.model.history.devmem_2017 import HmmDevmem, hmm_devmem_add
 from hmmlab.model.machine import KernelError, Routine
-from hmmlab.model.page import PHYSICAL_PAGES, memunmap_pages, page_rows
+from hmmlab.model.memremap import memunmap_pages
+from hmmlab.model.page import PHYSICAL_PAGES, page_rows
 from hmmlab.model.region import Pages
 from hmmlab.model.state import State
 

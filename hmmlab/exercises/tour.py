@@ -6,7 +6,7 @@ from hmmlab.exercises.kinds import PredictNumbers, PredictStates, Story
 from hmmlab.exercises.rules import Trial
 from hmmlab.model.driver import Driver
 from hmmlab.model.mmu_notifier import MmuNotifierRange
-from hmmlab.model.page import free_ram
+from hmmlab.model.page_alloc import free_ram
 from hmmlab.model.region import Pages
 
 __all__ = ["FourPages", "FramesAndCalls", "WhereTheyAre"]

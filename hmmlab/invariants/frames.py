@@ -19,6 +19,7 @@ from hmmlab.model.entry import (
     swap_type,
 )
 from hmmlab.model.geometry import PMD_PAGES
+from hmmlab.model.memremap import is_device_private_page
 from hmmlab.model.page import (
     GUP_PIN_COUNTING_BIAS,
     PG_ANON,
@@ -26,7 +27,6 @@ from hmmlab.model.page import (
     PG_KSM,
     ZERO_PFN,
     frames_of,
-    is_device_private_page,
     page_rows,
 )
 from hmmlab.model.rmap import rmap_walk

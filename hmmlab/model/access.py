@@ -48,7 +48,8 @@ from hmmlab.model.mm_types import (
     vma_at,
     vma_lookup,
 )
-from hmmlab.model.page import PG_DIRTY, as_rows, get_page, pfn_to_page, set_flags
+from hmmlab.model.page import PG_DIRTY, as_rows, pfn_to_page, set_flags
+from hmmlab.model.page_ref import get_page
 from hmmlab.model.page_table import huge_blocks, read_range, rows_of_range, walk
 from hmmlab.model.state import unique_rows
 

@@ -38,14 +38,14 @@ from hmmlab.model.page import (
     PG_KSM,
     PG_LRU,
     ZERO_PFN,
-    alloc_pages,
     as_rows,
     frames_of,
     pfn_to_page,
-    put_page,
     set_flags,
     some_rows,
 )
+from hmmlab.model.page_alloc import alloc_pages
+from hmmlab.model.page_ref import put_page
 from hmmlab.model.rmap import page_add_new_anon_rmap, page_remove_rmap
 from hmmlab.model.state import Rows, unique_rows
 from hmmlab.model.swap import free_swap_cache, give_up_swap

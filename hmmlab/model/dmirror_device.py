@@ -24,24 +24,20 @@ from hmmlab.model.entry import (
 )
 from hmmlab.model.geometry import SECTION_PAGES
 from hmmlab.model.machine import KernelError, Machine, Routine, kernel
-from hmmlab.model.migrate import migrate_device_finalize, migrate_device_pages, migrate_device_range
-from hmmlab.model.migrate_vma import MigrateVma
-from hmmlab.model.mm_types import Vma
-from hmmlab.model.page import (
+from hmmlab.model.memremap import (
     MEMORY_DEVICE_COHERENT,
     MEMORY_DEVICE_PRIVATE,
-    PG_LOCKED,
-    alloc_pages,
-    as_rows,
     free_mem_region,
     memremap_pages,
     memunmap_pages,
-    page_rows,
     pagemap_of,
-    pfn_to_page,
-    put_page,
-    set_flags,
 )
+from hmmlab.model.migrate import migrate_device_finalize, migrate_device_pages, migrate_device_range
+from hmmlab.model.migrate_vma import MigrateVma
+from hmmlab.model.mm_types import Vma
+from hmmlab.model.page import PG_LOCKED, as_rows, page_rows, pfn_to_page, set_flags
+from hmmlab.model.page_alloc import alloc_pages
+from hmmlab.model.page_ref import put_page
 
 if TYPE_CHECKING:
     from hmmlab.model.test_hmm import Dmirror

@@ -14,8 +14,9 @@ from hmmlab.model.entry import (
     hmm_pfn_to_pfn,
 )
 from hmmlab.model.machine import Machine
+from hmmlab.model.memremap import is_device_private_page, of_pagemap
 from hmmlab.model.mmu_notifier import MmuNotifierRange, mmu_interval_set_seq
-from hmmlab.model.page import ZERO_PFN, is_device_private_page, is_zone_device, of_pagemap
+from hmmlab.model.page import ZERO_PFN, is_zone_device
 from hmmlab.model.state import State
 
 __all__ = ["SnapshotSubscriber", "dmirror_mkentry"]

@@ -33,6 +33,7 @@ from hmmlab.model.entry import (
 from hmmlab.model.geometry import USER_VPN_END
 from hmmlab.model.hmm import HmmRange, commuting_batches, hmm_range_fault
 from hmmlab.model.machine import BLOCK, Actor, KernelError, Machine, Routine, kernel
+from hmmlab.model.memremap import is_device_private_page
 from hmmlab.model.mm_types import mm_lock
 from hmmlab.model.mmu_notifier import (
     EVERYTHING,
@@ -44,7 +45,7 @@ from hmmlab.model.mmu_notifier import (
     mmu_interval_set_seq,
 )
 from hmmlab.model.operation import StepsOf, operation
-from hmmlab.model.page import as_rows, is_device_private_page, pfn_to_page
+from hmmlab.model.page import as_rows, pfn_to_page
 from hmmlab.model.page_table import (
     alloc_tables,
     free_pgtables,

@@ -14,16 +14,9 @@ import numpy as np
 from hmmlab.model.entry import Pfns, Words
 from hmmlab.model.lru import lru_add_drain
 from hmmlab.model.machine import Machine
-from hmmlab.model.page import (
-    PG_DIRTY,
-    PG_LRU,
-    PG_SWAPBACKED,
-    alloc_pages,
-    as_rows,
-    get_page,
-    put_page,
-    set_flags,
-)
+from hmmlab.model.page import PG_DIRTY, PG_LRU, PG_SWAPBACKED, as_rows, set_flags
+from hmmlab.model.page_alloc import alloc_pages
+from hmmlab.model.page_ref import get_page, put_page
 from hmmlab.model.state import Rows, State
 from hmmlab.model.swap import (
     delete_from_swap_cache,

@@ -68,14 +68,14 @@ from hmmlab.model.mmu_notifier import (
 from hmmlab.model.page import (
     PG_ANON_EXCLUSIVE,
     PG_LRU,
-    alloc_pages,
     as_rows,
     folio_maybe_dma_pinned,
-    get_page,
     page_rows,
     pfn_to_page,
     set_flags,
 )
+from hmmlab.model.page_alloc import alloc_pages
+from hmmlab.model.page_ref import get_page
 from hmmlab.model.page_table import alloc_tables, rows_of, set_huge, walk
 from hmmlab.model.rmap import page_add_new_anon_rmap, page_dup_rmap
 from hmmlab.model.state import Rows, row_numbers

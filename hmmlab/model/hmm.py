@@ -39,6 +39,7 @@ from hmmlab.model.geometry import LEVEL_PAGES, LEVEL_SHIFT, PMD_PAGES, align_dow
 from hmmlab.model.huge_memory import hugepage_vma_check
 from hmmlab.model.machine import BLOCK, BULK, KernelError, Machine, Routine, kernel
 from hmmlab.model.memory import audiences, handle_mm_fault
+from hmmlab.model.memremap import of_pagemap
 from hmmlab.model.mm_types import (
     VM_HUGETLB,
     VM_IO,
@@ -52,7 +53,7 @@ from hmmlab.model.mm_types import (
     vma_at,
 )
 from hmmlab.model.mmu_notifier import mmu_interval_check_retry, series_commute
-from hmmlab.model.page import free_ram, of_pagemap
+from hmmlab.model.page_alloc import free_ram
 from hmmlab.model.page_table import Run, read_range, table_of, walk
 
 __all__ = ["HmmRange", "commuting_batches", "hmm_range_fault"]

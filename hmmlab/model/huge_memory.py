@@ -51,12 +51,12 @@ from hmmlab.model.page import (
     PG_DIRTY,
     PG_LRU,
     ZERO_PFN,
-    alloc_huge_pages,
     as_rows,
     frames_of,
     page_rows,
     set_flags,
 )
+from hmmlab.model.page_alloc import alloc_huge_pages
 from hmmlab.model.page_table import (
     alloc_tables,
     has_table,

@@ -42,15 +42,13 @@ from hmmlab.model.mmu_notifier import (
 )
 from hmmlab.model.page import (
     PG_ANON_EXCLUSIVE,
-    alloc_huge_pages,
     as_rows,
     folio_maybe_dma_pinned,
     frames_of,
-    get_page,
-    node_of,
-    put_page,
     set_flags,
 )
+from hmmlab.model.page_alloc import alloc_huge_pages, node_of
+from hmmlab.model.page_ref import get_page, put_page
 from hmmlab.model.page_table import (
     alloc_tables,
     drop_table,

@@ -44,16 +44,9 @@ from hmmlab.model.mmu_notifier import (
     invalidate_range_end,
     invalidate_range_start,
 )
-from hmmlab.model.page import (
-    PG_LRU,
-    alloc_huge_pages,
-    as_rows,
-    frames_of,
-    is_zone_device,
-    page_rows,
-    put_page,
-    set_flags,
-)
+from hmmlab.model.page import PG_LRU, as_rows, frames_of, is_zone_device, page_rows, set_flags
+from hmmlab.model.page_alloc import alloc_huge_pages
+from hmmlab.model.page_ref import put_page
 from hmmlab.model.page_table import has_table, huge_blocks, rows_of_range, set_huge, table_of
 from hmmlab.model.rmap import page_add_new_anon_rmap, page_remove_rmap
 from hmmlab.model.swap import free_swap_cache

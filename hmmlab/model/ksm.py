@@ -51,11 +51,10 @@ from hmmlab.model.page import (
     PG_ANON_EXCLUSIVE,
     PG_DIRTY,
     PG_KSM,
-    get_page,
     is_zone_device,
-    put_page,
     set_flags,
 )
+from hmmlab.model.page_ref import get_page, put_page
 from hmmlab.model.page_table import walk, word_row
 from hmmlab.model.rmap import page_add_anon_rmap, page_remove_rmap
 from hmmlab.model.swap import folio_free_swap

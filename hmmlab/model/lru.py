@@ -13,15 +13,8 @@ import numpy as np
 
 from hmmlab.model.entry import Pfns
 from hmmlab.model.machine import Machine
-from hmmlab.model.page import (
-    PG_ANON,
-    PG_LRU,
-    PG_SWAPBACKED,
-    get_page,
-    page_rows,
-    put_page,
-    set_flags,
-)
+from hmmlab.model.page import PG_ANON, PG_LRU, PG_SWAPBACKED, page_rows, set_flags
+from hmmlab.model.page_ref import get_page, put_page
 from hmmlab.model.state import unique_rows
 
 __all__ = ["lru_add_drain", "mark_page_lazyfree"]

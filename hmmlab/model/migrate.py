@@ -33,6 +33,7 @@ from hmmlab.model.entry import (
 )
 from hmmlab.model.lru import lru_add_drain
 from hmmlab.model.machine import KernelError, Machine, Routine, kernel
+from hmmlab.model.memremap import is_device_private_page
 from hmmlab.model.migrate_vma import MigrateVma, walk_page_range
 from hmmlab.model.migration import remove_migration_ptes, try_to_migrate
 from hmmlab.model.mm_types import (
@@ -55,18 +56,16 @@ from hmmlab.model.page import (
     PG_LOCKED,
     PG_LRU,
     ZERO_PFN,
-    alloc_pages,
     as_rows,
-    get_page,
-    is_device_private_page,
     is_zone_device,
     page_mapping,
     page_rows,
     pfn_to_page,
-    put_page,
     set_flags,
     some_rows,
 )
+from hmmlab.model.page_alloc import alloc_pages
+from hmmlab.model.page_ref import get_page, put_page
 from hmmlab.model.page_table import alloc_tables, rows_of
 from hmmlab.model.rmap import ksm_migrate_page, page_add_new_anon_rmap
 from hmmlab.model.state import row_numbers

@@ -33,6 +33,7 @@ from hmmlab.model.entry import (
 from hmmlab.model.geometry import LEVEL_PAGES, PMD_PAGES, align_down
 from hmmlab.model.huge_memory import split_huge_pmd
 from hmmlab.model.machine import BLOCK, BULK, Machine, Routine, kernel
+from hmmlab.model.memremap import of_pagemap
 from hmmlab.model.migration import Places, freeze, split_huge_page
 from hmmlab.model.mm_types import VM_HUGETLB, VM_SPECIAL, Vma, mm_root
 from hmmlab.model.mmu_notifier import series_commute
@@ -46,11 +47,10 @@ from hmmlab.model.page import (
     PG_SWAPBACKED,
     ZERO_PFN,
     as_rows,
-    free_ram,
     is_zone_device,
-    of_pagemap,
     pfn_to_page,
 )
+from hmmlab.model.page_alloc import free_ram
 from hmmlab.model.page_table import read_range, rows_of, walk
 from hmmlab.model.state import Rows, are_unique
 from hmmlab.model.tlb import flush_tlb

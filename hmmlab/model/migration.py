@@ -43,6 +43,7 @@ from hmmlab.model.entry import (
 from hmmlab.model.geometry import PMD_PAGES
 from hmmlab.model.huge_memory import split_huge_pmds_at
 from hmmlab.model.machine import Machine, Routine, kernel
+from hmmlab.model.memremap import is_device_private_page
 from hmmlab.model.mm_types import VM_WRITE, Vma, vm_page_prot, vma_at
 from hmmlab.model.mmu_notifier import (
     Event,
@@ -57,13 +58,11 @@ from hmmlab.model.page import (
     PG_LOCKED,
     as_rows,
     frames_of,
-    get_page,
-    is_device_private_page,
     page_rows,
     pfn_to_page,
-    put_page,
     set_flags,
 )
+from hmmlab.model.page_ref import get_page, put_page
 from hmmlab.model.rmap import (
     Mappings,
     page_add_anon_rmap,

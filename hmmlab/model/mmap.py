@@ -49,7 +49,7 @@ from hmmlab.model.mmu_notifier import (
     invalidate_range_start,
     mmu_notifier_release,
 )
-from hmmlab.model.page import alloc_pages
+from hmmlab.model.page_alloc import alloc_pages
 from hmmlab.model.page_table import alloc_tables, free_pgtables, rows_of_range
 from hmmlab.model.rmap import page_add_file_rmap
 from hmmlab.model.state import State

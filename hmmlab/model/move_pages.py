@@ -19,18 +19,15 @@ from hmmlab.model.page import (
     PG_ANON_EXCLUSIVE,
     PG_LOCKED,
     PG_LRU,
-    alloc_huge_pages,
-    alloc_pages,
     as_rows,
     frames_of,
-    get_page,
     is_zone_device,
-    node_of,
     page_mapping,
     page_rows,
-    put_page,
     set_flags,
 )
+from hmmlab.model.page_alloc import alloc_huge_pages, alloc_pages, node_of
+from hmmlab.model.page_ref import get_page, put_page
 from hmmlab.model.page_table import read_range
 from hmmlab.model.rmap import ksm_migrate_page
 from hmmlab.model.swap import replace_in_swap_cache

@@ -1,32 +1,28 @@
-"""Frames: the columns of ``struct page``, the allocator of RAM, and ZONE_DEVICE.
+"""Frames: the columns of ``struct page``, their rows, and what they say.
 
     pfn   0 .. ram_pages            RAM, the first half node 0, the second half node 1
           .. 2**34                  free physical space
           2**34 - 65536 .. 2**34    the first chunk of device memory, then downwards
 
 A frame's row is its pfn for RAM; device memory, which grows downwards from the top, follows
-upwards: the frame below the top is the first row after RAM. Which RAM frame is handed out shows in
-no answer of the kernel, so they go out in bulk; device frames are the driver's own business.
+upwards: the frame below the top is the first row after RAM.
 
-Source: include/linux/mm_types.h, mm/page_alloc.c, mm/memremap.c.
+Source: include/linux/mm_types.h, include/linux/page-flags.h.
 """
 
 from __future__ import annotations
-
-from typing import Any, Protocol
 
 import numpy as np
 
 from hmmlab.model.alike import alike, all_of, any_of, some
 from hmmlab.model.entry import Bools, Pfns
-from hmmlab.model.geometry import MAX_PHYSMEM_BITS, PAGE_SHIFT, PMD_PAGES, SECTION_PAGES
-from hmmlab.model.machine import KernelError, Machine
-from hmmlab.model.state import Rows, State, are_unique, first_and_last, row_numbers, unique_rows
+from hmmlab.model.geometry import MAX_PHYSMEM_BITS, PAGE_SHIFT, PMD_PAGES
+from hmmlab.model.machine import Machine
+from hmmlab.model.state import Rows, State, first_and_last, row_numbers
 
 __all__ = [
     "GUP_PIN_COUNTING_BIAS",
-    "MEMORY_DEVICE_COHERENT",
-    "MEMORY_DEVICE_PRIVATE",
+    "PAGE_COLUMNS",
     "PAGE_FLAGS",
     "PG_ANON",
     "PG_ANON_EXCLUSIVE",
@@ -38,25 +34,13 @@ __all__ = [
     "PG_SWAPBACKED",
     "PHYSICAL_PAGES",
     "ZERO_PFN",
-    "Pagemap",
-    "alloc_huge_pages",
-    "alloc_pages",
     "as_rows",
     "folio_maybe_dma_pinned",
     "frames_of",
-    "free_mem_region",
-    "free_ram",
-    "get_page",
-    "is_device_private_page",
     "is_zone_device",
-    "memremap_pages",
-    "memunmap_pages",
-    "node_of",
-    "of_pagemap",
     "page_mapping",
     "page_rows",
     "pfn_to_page",
-    "put_page",
     "set_flags",
     "some_rows",
 ]
@@ -66,7 +50,6 @@ PHYSICAL_PAGES = 1 << (MAX_PHYSMEM_BITS - PAGE_SHIFT)
 
 #: The frame of zeros that every read of untouched anonymous memory maps.
 ZERO_PFN = 1
-_FIRST_FREE_PFN = 2
 
 #: References from this many on may be pins.
 GUP_PIN_COUNTING_BIAS = 1024
@@ -92,19 +75,9 @@ Machine.declare("page.index", np.int64, "offset of the page in its mapping, in p
 Machine.declare("page.swap", np.int64, "slot of a frame in the swap cache; 0 for none")
 Machine.declare("page.compound", np.int64, "first frame of the huge page; 0 for a page of its own")
 Machine.declare("page.private", np.int64, "zone_device_data: the driver's own word")
-Machine.declare("zone.used", np.int64, "frames of a node that were handed out at least once")
-Machine.declare("zone.free", np.int64, "frames of a node on its free list")
-Machine.declare("zone.huge", np.int64, "frames of a node handed out from its end, 512 at a time")
-Machine.declare("zone.free_list.0", np.int64, "free list of node 0")
-Machine.declare("zone.free_list.1", np.int64, "free list of node 1")
-Machine.declare("section.pagemap", np.int32, "pagemap of a section of device memory, from the top")
-Machine.declare("pagemap.first", np.int64, "first frame of a pagemap")
-Machine.declare("pagemap.last", np.int64, "frame past the last of a pagemap")
-Machine.declare("pagemap.owner", np.int32, "device whose memory this is")
-Machine.declare("pagemap.type", np.int32, "1 device-private, 2 device-coherent")
 
-
-_COLUMNS = (
+#: The columns of ``struct page``.
+PAGE_COLUMNS = (
     "refcount",
     "mapcount",
     "flags",
@@ -115,23 +88,6 @@ _COLUMNS = (
     "compound",
     "private",
 )
-
-
-MEMORY_DEVICE_PRIVATE = 1
-MEMORY_DEVICE_COHERENT = 2
-
-
-class Pagemap(Protocol):
-    """What a driver provides for its device memory (``struct dev_pagemap_ops``)."""
-
-    def page_free(self, machine: Machine, pfns: Pfns) -> None:
-        """The last reference to each of ``pfns`` is gone, in this order."""
-
-
-@Machine.at_boot
-def _reserve_frames(machine: Machine) -> None:
-    machine.write("zone.used", 0, _FIRST_FREE_PFN)
-    machine.write("page.refcount", ZERO_PFN, 1)
 
 
 # --- frame numbers and rows -----------------------------------------------------------------------
@@ -194,12 +150,6 @@ def is_zone_device(state: State, pfns: Pfns, rows: Rows | None = None) -> Bools:
     return pfns >= state.ram_pages
 
 
-def is_device_private_page(state: State, pfns: Pfns, rows: Rows | None = None) -> Bools:
-    """Whether frames are device memory that the CPU cannot reach; shaped as they are, or one."""
-    found: Bools = of_pagemap(state, "type", pfns, rows) == MEMORY_DEVICE_PRIVATE
-    return found
-
-
 def folio_maybe_dma_pinned(state: State, pfns: Pfns, rows: Rows | None = None) -> Bools:
     """Whether frames, or others of their huge page, may be pinned.
 
@@ -232,42 +182,6 @@ def page_mapping(state: State, pfns: Pfns, rows: Rows | None = None) -> Bools:
     return np.broadcast_to(found, pfns.shape) if rows is None else found
 
 
-# --- references and flags -------------------------------------------------------------------------
-
-
-def get_page(machine: Machine, pfns: Pfns, rows: Rows | None = None) -> None:
-    """Take one reference to each of ``pfns``, which may repeat."""
-    rows = pfn_to_page(machine, pfns) if rows is None else rows
-    machine.add("page.refcount", rows, 1)
-
-
-def put_page(machine: Machine, pfns: Pfns, rows: Rows | None = None) -> None:
-    """Drop one reference to each of ``pfns``, which may repeat; free those that have no more.
-
-    Device frames are given back to their driver in the order in which they stand in ``pfns``.
-    """
-    if pfns.size == 0:
-        return
-    rows = pfn_to_page(machine, pfns) if rows is None else rows
-    machine.add("page.refcount", rows, -1)
-    dead = machine["page.refcount"][rows] == 0
-    if not any_of(dead):
-        return
-    if not isinstance(rows, slice) or not all_of(dead):
-        pfns = some(pfns, dead)
-        if not are_unique(pfns):
-            pfns = pfns[np.sort(np.unique(pfns, return_index=True)[1])]
-        rows = pfn_to_page(machine, pfns)
-    device = is_zone_device(machine, pfns, rows)
-    if not any_of(device):
-        _free_ram(machine, pfns, rows)
-    elif all_of(device):
-        _free_zone_device_page(machine, pfns, rows)
-    else:
-        for free, kind in ((_free_ram, ~device), (_free_zone_device_page, device)):
-            free(machine, pfns[kind], pfn_to_page(machine, pfns[kind]))
-
-
 def set_flags(
     machine: Machine, pfns: Pfns, on: int = 0, off: int = 0, rows: Rows | None = None
 ) -> None:
@@ -281,205 +195,6 @@ def set_flags(
     machine.write("page.flags", rows, flags)
 
 
-# --- RAM ------------------------------------------------------------------------------------------
-
-
-def _node_limits(machine: Machine, node: int) -> tuple[int, int]:
-    half = machine.ram_pages // 2
-    return (0, half) if node == 0 else (half, machine.ram_pages)
-
-
-def node_of(state: State, pfns: Pfns) -> Pfns:
-    """NUMA node of frames of RAM."""
-    return (pfns >= state.ram_pages // 2).astype(np.int64)
-
-
-def free_ram(state: Machine) -> int:
-    """How many frames :func:`alloc_pages` could hand out."""
-    used = state["zone.used"][:2] + state["zone.huge"][:2] - state["zone.free"][:2]
-    return state.ram_pages - int(used.sum())
-
-
-def alloc_pages(machine: Machine, count: int, node: int = 0) -> Pfns:
-    """``count`` zeroed frames with one reference each, from ``node`` or else from the other.
-
-    Raises
-    ------
-    KernelError
-        ENOMEM when RAM is used up; then nothing has been taken.
-    """
-    recycled: list[tuple[int, Pfns]] = []
-    fresh: list[tuple[int, Pfns]] = []
-    missing = count
-    for zone in (node, 1 - node):
-        first, limit = _node_limits(machine, zone)
-        free, used, huge = (int(machine[f"zone.{n}"][zone]) for n in ("free", "used", "huge"))
-        again = min(missing, free)
-        anew = min(missing - again, limit - first - used - huge)
-        if again:
-            stack = machine[f"zone.free_list.{zone}"]
-            recycled.append((zone, stack[free - again : free].copy()))
-        if anew:
-            fresh.append((zone, np.arange(first + used, first + used + anew)))
-        missing -= again + anew
-        if not missing:
-            break
-    if missing:
-        raise KernelError(12, f"{count} frames wanted, RAM has {count - missing} left")
-    for zone, pfns in recycled:
-        machine.add("zone.free", zone, -pfns.size)
-        rows = as_rows(pfns)
-        machine.write("page.content", rows, 0)
-        machine.write("page.refcount", rows, 1)
-    for zone, pfns in fresh:
-        machine.add("zone.used", zone, pfns.size)
-        machine.write("page.refcount", as_rows(pfns), 1)
-    taken = [pfns for _, pfns in sorted(recycled + fresh, key=lambda part: part[0] != node)]
-    return taken[0] if len(taken) == 1 else np.concatenate(taken or [np.zeros(0, np.int64)])
-
-
-def alloc_huge_pages(machine: Machine, count: int, node: int = 0) -> Pfns:
-    """First frames of up to ``count`` zeroed huge pages of node ``node``, referenced and compound.
-
-    Fewer where the node has no more 512 frames side by side that were never used.
-    """
-    first, limit = _node_limits(machine, node)
-    used, huge = int(machine["zone.used"][node]), int(machine["zone.huge"][node])
-    top = limit - huge
-    count = min(count, (top - first - used) // PMD_PAGES, top // PMD_PAGES)
-    heads = top - PMD_PAGES * np.arange(1, count + 1)
-    heads -= heads % PMD_PAGES
-    heads = heads[heads >= first + used]
-    if heads.size:
-        machine.write("zone.huge", node, limit - int(heads[-1]))
-        pfns = (np.sort(heads)[:, None] + np.arange(PMD_PAGES)).ravel()
-        machine.write("page.refcount", as_rows(pfns), 1)
-        machine.write("page.compound", as_rows(pfns), pfns - pfns % PMD_PAGES)
-    return heads
-
-
 def frames_of(heads: Pfns) -> Pfns:
     """All frames of huge pages, in their order."""
     return (heads[:, None] + np.arange(PMD_PAGES)).ravel()
-
-
-def _free_ram(machine: Machine, pfns: Pfns, rows: Rows) -> None:
-    # The content stays until the frame is used again.
-    for column in ("flags", "mapping", "index", "compound", "private"):
-        machine.write(f"page.{column}", rows, 0)
-    high = pfns >= _node_limits(machine, 1)[0]
-    for zone, freed in ((0, some(pfns, ~high)), (1, some(pfns, high))):
-        if freed.size:
-            top = int(machine["zone.free"][zone])
-            machine.write(f"zone.free_list.{zone}", slice(top, top + freed.size), freed)
-            machine.write("zone.free", zone, top + freed.size)
-
-
-# --- ZONE_DEVICE ----------------------------------------------------------------------------------
-
-
-def _section(pfns: Any) -> Any:
-    """Place of a frame's section, from the top of physical space downwards."""
-    return (PHYSICAL_PAGES - 1 - pfns) // SECTION_PAGES
-
-
-def _sections(first: int, last: int) -> slice:
-    return slice(
-        (PHYSICAL_PAGES - last) // SECTION_PAGES, (PHYSICAL_PAGES - first) // SECTION_PAGES
-    )
-
-
-def free_mem_region(machine: Machine, pages: int) -> int:
-    """First frame of a free region of ``pages`` frames (``request_free_mem_region``).
-
-    The search begins at the top and goes down by the whole size, not to the next edge.
-
-    Raises
-    ------
-    KernelError
-        ENOMEM when physical space has no such gap.
-    """
-    need = -(-pages // SECTION_PAGES)
-    free = machine["section.pagemap"] == 0
-    run = np.convolve(np.concatenate([free, np.ones(need, bool)]), np.ones(need, int), "valid")
-    for step in np.flatnonzero(run[::need] == need).tolist():
-        last = PHYSICAL_PAGES - step * need * SECTION_PAGES
-        if last - need * SECTION_PAGES >= machine.ram_pages:
-            return int(last - need * SECTION_PAGES)
-    raise KernelError(12, f"no free region of {pages} frames in physical space")
-
-
-def memremap_pages(
-    machine: Machine,
-    first: int,
-    pages: int,
-    owner: int,
-    ops: Pagemap,
-    kind: int = MEMORY_DEVICE_PRIVATE,
-) -> int:
-    """Give device memory its struct pages, all free. Returns the number of the pagemap."""
-    pagemap = machine.take("pagemap.last")
-    machine.write("pagemap.first", pagemap, first)
-    machine.write("pagemap.last", pagemap, first + pages)
-    machine.write("pagemap.owner", pagemap, owner)
-    machine.write("pagemap.type", pagemap, kind)
-    machine.write("section.pagemap", _sections(first, first + pages), pagemap)
-    last_row = machine.ram_pages + PHYSICAL_PAGES - 1 - first
-    for column in _COLUMNS:
-        machine.reserve(f"page.{column}", last_row)
-    machine.objects.setdefault("pagemap", {})[pagemap] = ops
-    return pagemap
-
-
-def memunmap_pages(machine: Machine, pagemap: int) -> None:
-    """Take the struct pages of a pagemap away; every one of them must be free."""
-    first, last = (int(machine[f"pagemap.{edge}"][pagemap]) for edge in ("first", "last"))
-    machine.write("section.pagemap", _sections(first, last), 0)
-    for column in ("first", "last", "owner", "type"):
-        machine.write(f"pagemap.{column}", pagemap, 0)
-
-
-def pagemap_of(state: State, pfns: Pfns, rows: Rows | None = None) -> Pfns:
-    """Number of the pagemap of each device frame (``page->pgmap``), 0 for none.
-
-    Shaped as ``pfns`` are; where their ``rows`` are given, maybe one for all.
-    """
-    only = _only_pagemap(state, pfns, rows)
-    if only is not None:
-        return np.full(1 if isinstance(rows, slice) else pfns.size, only)
-    table = state["section.pagemap"]
-    slots = _section(pfns)
-    inside = (slots >= 0) & (slots < table.size)
-    return np.where(inside, table[np.where(inside, slots, 0)], 0).astype(np.int64)
-
-
-def _only_pagemap(state: State, pfns: Pfns, rows: Rows | None = None) -> int | None:
-    """The pagemap of all of some frames, 0 for RAM; None where it is not so simple."""
-    if not pfns.size:
-        return 0
-    ends = pfns[[0, -1]] if isinstance(rows, slice) else pfns
-    low, high = int(ends.min()), int(ends.max())
-    if high < state.ram_pages:
-        return 0
-    between = state["section.pagemap"][_section(high) : _section(low) + 1]
-    if between.size == _section(low) + 1 - _section(high) and (between == between[0]).all():
-        return int(between[0])
-    return None
-
-
-def of_pagemap(state: State, field: str, pfns: Pfns, rows: Rows | None = None) -> np.ndarray:
-    """What the pagemap of each frame has as ``field``, such as its ``owner``; 0 in RAM.
-
-    Shaped as :func:`pagemap_of` says.
-    """
-    return state[f"pagemap.{field}"][pagemap_of(state, pfns, rows)]
-
-
-def _free_zone_device_page(machine: Machine, pfns: Pfns, rows: Rows) -> None:
-    """Hand free device frames back to their driver, in order (mm/memremap.c)."""
-    machine.called("free_zone_device_page", pfns.size)
-    for column in ("flags", "content", "mapping", "index"):
-        machine.write(f"page.{column}", rows, 0)
-    maps = pagemap_of(machine, pfns, rows)
-    for pagemap in unique_rows(maps).tolist():
-        machine.objects["pagemap"][pagemap].page_free(machine, some(pfns, maps == pagemap))

@@ -19,14 +19,13 @@ from hmmlab.model.page import (
     PG_LRU,
     PG_READAHEAD,
     PG_SWAPBACKED,
-    alloc_pages,
     as_rows,
-    get_page,
     page_rows,
     pfn_to_page,
-    put_page,
     set_flags,
 )
+from hmmlab.model.page_alloc import alloc_pages
+from hmmlab.model.page_ref import get_page, put_page
 from hmmlab.model.state import State, unique_rows
 
 __all__ = [

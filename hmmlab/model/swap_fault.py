@@ -32,18 +32,11 @@ from hmmlab.model.entry import (
 from hmmlab.model.exclusive import remove_device_exclusive_entries
 from hmmlab.model.lru import lru_add_drain
 from hmmlab.model.machine import Machine, Routine, kernel
+from hmmlab.model.memremap import pagemap_of
 from hmmlab.model.mm_types import VM_LOCKED, VM_WRITE, Vma, mm_root, vm_page_prot
-from hmmlab.model.page import (
-    PG_LRU,
-    PG_SWAPBACKED,
-    alloc_pages,
-    as_rows,
-    get_page,
-    pagemap_of,
-    pfn_to_page,
-    put_page,
-    set_flags,
-)
+from hmmlab.model.page import PG_LRU, PG_SWAPBACKED, as_rows, pfn_to_page, set_flags
+from hmmlab.model.page_alloc import alloc_pages
+from hmmlab.model.page_ref import get_page, put_page
 from hmmlab.model.page_table import read_range
 from hmmlab.model.rmap import page_add_anon_rmap
 from hmmlab.model.state import Rows, are_unique, row_numbers, unique_rows

@@ -48,7 +48,8 @@ from hmmlab.model.mmu_notifier import (
     mmu_interval_set_seq,
 )
 from hmmlab.model.operation import operation
-from hmmlab.model.page import PG_LOCKED, pfn_to_page, put_page, set_flags
+from hmmlab.model.page import PG_LOCKED, pfn_to_page, set_flags
+from hmmlab.model.page_ref import put_page
 from hmmlab.model.region import Pages
 from hmmlab.model.state import row_numbers
 from hmmlab.model.trace import Step

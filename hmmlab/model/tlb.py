@@ -21,7 +21,8 @@ from hmmlab.model.geometry import PMD_PAGES
 from hmmlab.model.lru import lru_add_drain
 from hmmlab.model.machine import Machine
 from hmmlab.model.mmu_notifier import mm_has_notifiers
-from hmmlab.model.page import pfn_to_page, put_page
+from hmmlab.model.page import pfn_to_page
+from hmmlab.model.page_ref import put_page
 from hmmlab.model.state import unique_rows
 from hmmlab.model.swap import free_swap_cache
 

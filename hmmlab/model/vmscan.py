@@ -35,9 +35,9 @@ from hmmlab.model.page import (
     as_rows,
     folio_maybe_dma_pinned,
     page_mapping,
-    put_page,
     set_flags,
 )
+from hmmlab.model.page_ref import put_page
 from hmmlab.model.rmap import page_remove_rmap, rmap_walk
 from hmmlab.model.state import unique_rows
 from hmmlab.model.swap import (

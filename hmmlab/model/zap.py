@@ -34,9 +34,9 @@ from hmmlab.model.page import (
     page_mapping,
     page_rows,
     pfn_to_page,
-    put_page,
     set_flags,
 )
+from hmmlab.model.page_ref import put_page
 from hmmlab.model.page_table import drop_table, walk
 from hmmlab.model.rmap import page_remove_rmap
 from hmmlab.model.state import Rows, first_and_last, unique_rows

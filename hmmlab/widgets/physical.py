@@ -13,13 +13,8 @@ from numpy.typing import NDArray
 
 from hmmlab.model.dmirror_device import UNITS
 from hmmlab.model.entry import Pfns
-from hmmlab.model.page import (
-    MEMORY_DEVICE_COHERENT,
-    PG_LOCKED,
-    ZERO_PFN,
-    is_device_private_page,
-    page_rows,
-)
+from hmmlab.model.memremap import MEMORY_DEVICE_COHERENT, is_device_private_page
+from hmmlab.model.page import PG_LOCKED, ZERO_PFN, page_rows
 from hmmlab.model.rmap import rmap_walk
 from hmmlab.model.state import State
 from hmmlab.model.trace import Replay

@@ -19,8 +19,9 @@ from hmmlab.model.entry import (
     swap_offset_pfn,
 )
 from hmmlab.model.geometry import ENTRIES, LEVEL_PAGES, PAGE_SHIFT
+from hmmlab.model.memremap import is_device_private_page
 from hmmlab.model.mm_types import mm_root
-from hmmlab.model.page import PHYSICAL_PAGES, is_device_private_page, page_rows
+from hmmlab.model.page import PHYSICAL_PAGES, page_rows
 
 __all__ = ["difference", "reading"]
 

@@ -4,7 +4,8 @@ import pytest
 
 from hmmlab.model.geometry import PAGE_SIZE, SECTION_PAGES
 from hmmlab.model.history.devmem_2017 import hmm_devmem_add
-from hmmlab.model.page import PHYSICAL_PAGES, free_mem_region
+from hmmlab.model.memremap import free_mem_region
+from hmmlab.model.page import PHYSICAL_PAGES
 
 
 @pytest.mark.parametrize(("sections", "below_the_top"), [(1, 9), (2, 10), (3, 12), (5, 15)])

@@ -25,21 +25,23 @@ from hmmlab.model.geometry import PAGE_SIZE, SECTION_PAGES, align_down, align_up
 from hmmlab.model.history.era import EBUSY, EINVAL, ENOMEM, ENXIO, ERANGE
 from hmmlab.model.history.mirror_2017 import kmalloc
 from hmmlab.model.machine import KernelError, Machine, Routine, kernel
-from hmmlab.model.mm_types import Vma, mm_root
-from hmmlab.model.page import (
+from hmmlab.model.memremap import (
     MEMORY_DEVICE_COHERENT,
     MEMORY_DEVICE_PRIVATE,
-    PG_LOCKED,
-    PHYSICAL_PAGES,
-    alloc_pages,
-    as_rows,
-    is_zone_device,
     memremap_pages,
     memunmap_pages,
-    page_rows,
     pagemap_of,
+)
+from hmmlab.model.mm_types import Vma, mm_root
+from hmmlab.model.page import (
+    PG_LOCKED,
+    PHYSICAL_PAGES,
+    as_rows,
+    is_zone_device,
+    page_rows,
     set_flags,
 )
+from hmmlab.model.page_alloc import alloc_pages
 from hmmlab.model.page_table import word_row
 from hmmlab.model.state import State
 

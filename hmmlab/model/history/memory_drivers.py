@@ -40,19 +40,12 @@ from hmmlab.model.history.devmem_2017 import (
 from hmmlab.model.history.era import Era
 from hmmlab.model.history.migrate_2017 import MIGRATE_PFN_DEVICE, MIGRATE_PFN_LOCKED, migrate_vma
 from hmmlab.model.machine import Routine
+from hmmlab.model.memremap import free_mem_region, memremap_pages, memunmap_pages
 from hmmlab.model.migrate import migrate_vma_finalize, migrate_vma_pages, migrate_vma_setup
 from hmmlab.model.migrate_vma import SELECT_DEVICE_PRIVATE, SELECT_SYSTEM, MigrateVma
 from hmmlab.model.mm_types import Vma, mm_lock, mm_root, vma_lookup
-from hmmlab.model.page import (
-    PG_LOCKED,
-    as_rows,
-    free_mem_region,
-    get_page,
-    memremap_pages,
-    memunmap_pages,
-    page_rows,
-    set_flags,
-)
+from hmmlab.model.page import PG_LOCKED, as_rows, page_rows, set_flags
+from hmmlab.model.page_ref import get_page
 from hmmlab.model.page_table import read_range
 from hmmlab.model.process import Process
 from hmmlab.model.region import Pages

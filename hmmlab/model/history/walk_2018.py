@@ -25,8 +25,9 @@ from hmmlab.model.history.fault import fault_pages
 from hmmlab.model.history.found import cannot_be_written, find, migration_entry_wait
 from hmmlab.model.history.ranges import TrackedRange
 from hmmlab.model.machine import Machine, Routine, kernel
+from hmmlab.model.memremap import pagemap_of
 from hmmlab.model.mm_types import VM_HUGETLB, VM_WRITE, Vma, mm_root
-from hmmlab.model.page import ZERO_PFN, pagemap_of
+from hmmlab.model.page import ZERO_PFN
 from hmmlab.model.page_table import Run, read_range, walk
 
 __all__ = ["HmmPfnFlag", "HmmPfnValue", "HmmRange", "WalkHow", "walk_gap", "walk_vma"]

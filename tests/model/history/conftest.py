@@ -115,7 +115,8 @@ def range_over(subscribe):
 @pytest.fixture
 def use_up_ram(machine):
     """Hand out every frame of RAM. Returns a function that frees them again."""
-    from hmmlab.model.page import alloc_pages, put_page
+    from hmmlab.model.page_alloc import alloc_pages
+    from hmmlab.model.page_ref import put_page
 
     def use_up():
         free = int(machine["zone.free"][:2].sum())

@@ -41,17 +41,10 @@ from hmmlab.model.history.migrate_2017 import (
     migrate_vma,
 )
 from hmmlab.model.machine import KernelError
+from hmmlab.model.memremap import memunmap_pages, pagemap_of
 from hmmlab.model.mm_types import VM_HUGETLB, VM_PFNMAP, mm_lock, mm_root, vma_lookup
-from hmmlab.model.page import (
-    PG_LOCKED,
-    PHYSICAL_PAGES,
-    get_page,
-    memunmap_pages,
-    page_rows,
-    pagemap_of,
-    put_page,
-    set_flags,
-)
+from hmmlab.model.page import PG_LOCKED, PHYSICAL_PAGES, page_rows, set_flags
+from hmmlab.model.page_ref import get_page, put_page
 from hmmlab.model.page_table import read_range, word_row
 from hmmlab.model.swap_fault import FAULT_FLAG_REMOTE, FAULT_FLAG_WRITE
 

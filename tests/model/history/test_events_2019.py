@@ -25,7 +25,7 @@ from hmmlab.model.mmu_notifier import (
 )
 from hmmlab.model.move_pages import sys_move_pages
 from hmmlab.model.oom_kill import oom_reap_task_mm
-from hmmlab.model.page import get_page, put_page
+from hmmlab.model.page_ref import get_page, put_page
 from hmmlab.model.page_table import read_range
 
 UNMAP, CLEAR, PROTECTION_VMA, PROTECTION_PAGE, SOFT_DIRTY = MmuNotifierEvent
