@@ -318,19 +318,20 @@ def _finalize_pages(
     if any_of(valid):
         old = some(src, valid)
         new = some(dst if all_of(moved) else np.where(moved, dst, src), valid)
-        rows = pfn_to_page(machine, new)
-        system = ~is_zone_device(machine, new, rows)
+        new_rows, old_rows = pfn_to_page(machine, new), pfn_to_page(machine, old)
+        system = ~is_zone_device(machine, new, new_rows)
         if any_of(system):
-            set_flags(machine, some(new, system), PG_LRU, rows=some_rows(rows, system))
-        remove_migration_ptes(machine, old, new, migrate.places(machine, some(vpns, valid)))
-        rows = pfn_to_page(machine, old)
-        set_flags(machine, old, off=PG_LOCKED, rows=rows)
-        put_page(machine, old, rows)
+            set_flags(machine, some(new, system), PG_LRU, rows=some_rows(new_rows, system))
+        places = migrate.places(machine, some(vpns, valid))
+        remove_migration_ptes(machine, old, new, places, new_rows)
+        set_flags(machine, old, off=PG_LOCKED, rows=old_rows)
+        put_page(machine, old, old_rows)
     if any_of(moved):
-        new = some(dst, moved)
-        rows = pfn_to_page(machine, new)
-        set_flags(machine, new, off=PG_LOCKED, rows=rows)
-        put_page(machine, new, rows)
+        if not (all_of(moved) and all_of(valid)):
+            new = some(dst, moved)
+            new_rows = pfn_to_page(machine, new)
+        set_flags(machine, new, off=PG_LOCKED, rows=new_rows)
+        put_page(machine, new, new_rows)
 
 
 # --- eviction -------------------------------------------------------------------------------------

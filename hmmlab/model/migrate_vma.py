@@ -46,7 +46,6 @@ from hmmlab.model.page import (
     PG_LRU,
     PG_SWAPBACKED,
     ZERO_PFN,
-    as_rows,
     is_zone_device,
     pfn_to_page,
 )
@@ -294,7 +293,7 @@ def migrate_vma_collect_pmd(
     """
     vpns = migrate.vpns[part]
     src = migrate.src[part]
-    word_rows = as_rows(vpns + offset)
+    word_rows = _rows_of_ascending(vpns, offset)
     words = machine["pte"][word_rows]
     marks, pfns = marks_and_pfns(words)
     present = is_present(marks)
@@ -332,7 +331,8 @@ def migrate_vma_collect_pmd(
         migrated = writable.astype(np.uint64) << np.uint64(_WRITE_BIT)
         src[at] = migrate_pfn(pfns, migrated | np.uint64(MIGRATE_PFN_MIGRATE))
         if frozen < vpns.size:
-            word_rows, rows = as_rows(vpns[at] + offset), pfn_to_page(machine, pfns)
+            word_rows = _rows_of_ascending(vpns[at], offset)
+            rows = pfn_to_page(machine, pfns)
         marks, exclusive = some(marks, selected), some(exclusive, selected)
         freeze(machine, word_rows, marks, pfns, rows, writable, exclusive)
         flush_tlb(machine, int((selected & present).any()))
@@ -345,6 +345,12 @@ def migrate_vma_collect_pmd(
         int(vpns[-1]) + 1,
         detail=migrate.now(machine),
     )
+
+
+def _rows_of_ascending(vpns: Pfns, offset: int) -> Rows:
+    """Rows ``vpns + offset``, as a slice where they follow one another; that the ends tell."""
+    first, last = int(vpns[0]) + offset, int(vpns[-1]) + offset
+    return slice(first, last + 1) if last - first == vpns.size - 1 else vpns + offset
 
 
 def _selected(

@@ -164,16 +164,21 @@ class Places:
 
 
 def remove_migration_ptes(
-    machine: Machine, old: Pfns, new: Pfns, places: Places | None = None
+    machine: Machine,
+    old: Pfns,
+    new: Pfns,
+    places: Places | None = None,
+    rows: Rows | None = None,
 ) -> None:
     """Let every migration entry of ``old`` map ``new`` instead, with the mapping's rights of now.
 
     Writable only where the entry was and the mapping is; old unless it was young before. Who has
     frozen the only entry of each page says at which ``places``; all others ask the reverse mapping.
+    ``rows`` are those of ``new``, if known.
     """
     machine.called("remove_migration_ptes", old.size)
     if places is not None:
-        _thaw(machine, places, old, new)
+        _thaw(machine, places, old, new, rows)
         return
     found = rmap_walk(machine, old)
     found = found.only(found.maps)
@@ -183,7 +188,7 @@ def remove_migration_ptes(
         _thaw(machine, places, old[place.which], new[place.which])
 
 
-def _thaw(machine: Machine, places: Places, old: Pfns, new: Pfns) -> None:
+def _thaw(machine: Machine, places: Places, old: Pfns, new: Pfns, rows: Rows | None = None) -> None:
     """Let words map ``new`` where they are migration entries of ``old``."""
     word_rows = places.rows
     entries = machine["pte"][word_rows]
@@ -195,8 +200,8 @@ def _thaw(machine: Machine, places: Places, old: Pfns, new: Pfns) -> None:
     pfns, vpns = new, places.vpns
     if not all_of(frozen):
         marks, pfns, vpns = some(marks, frozen), pfns[frozen], vpns[frozen]
-        word_rows = as_rows(row_numbers(word_rows)[frozen])
-    rows = pfn_to_page(machine, pfns)
+        word_rows, rows = as_rows(row_numbers(word_rows)[frozen]), None
+    rows = pfn_to_page(machine, pfns) if rows is None else rows
     vma = vma_at(machine, places.vma)
     kind = swap_type(marks)
     exclusive = kind != SWP_MIGRATION_READ
