@@ -70,8 +70,8 @@ class Mappings(NamedTuple):
 
     ``which`` is the index of the frame in those asked for, ``vma`` the row of a mapping that covers
     the frame's place, ``vpn`` the page number there, ``row`` the row of its word in the ``pte``
-    column (-1 where no table is), ``maps`` whether that word names the frame, and ``rank`` the
-    place of the mapping in the order of visits.
+    column (-1 where no table is), ``maps`` whether that word names the frame and was not visited
+    before, and ``rank`` the place of the mapping in the order of visits.
     """
 
     which: NDArray[np.int64]
@@ -248,7 +248,12 @@ def rmap_walk(state: State, pfns: Pfns) -> Mappings:
         which, words = which[order], words[order]
         vmas, vpns, ranks = vmas[order], vpns[order], ranks[order]
     named = _frames_named(np.where(words >= 0, state["pte"][words], np.uint64(0)))
-    return Mappings(which, vmas, vpns, words, named == pfns[which], ranks)
+    maps = named == pfns[which]
+    if merged.any():  # a child's page is visited for itself, and again for its parent's
+        again = np.ones(words.size, np.bool_)
+        again[np.unique(words, return_index=True)[1]] = False
+        maps &= ~again
+    return Mappings(which, vmas, vpns, words, maps, ranks)
 
 
 def _places_of_merged(state: State, number: int, node: int) -> tuple[NDArray[np.int64], ...]:
