@@ -28,6 +28,7 @@ from hmmlab.model.filemap import cached, device_file_of
 from hmmlab.model.geometry import PMD_PAGES, align_down
 from hmmlab.model.huge_memory import leaders_of_blocks, split_huge_pmd, will_be_huge
 from hmmlab.model.hugetlb import hugetlb_fault
+from hmmlab.model.lru import lru_add_drain
 from hmmlab.model.machine import KernelError, Machine, Routine, kernel
 from hmmlab.model.memory import (
     audiences,
@@ -41,6 +42,7 @@ from hmmlab.model.mm_types import (
     VM_IO,
     VM_PFNMAP,
     VM_READ,
+    VM_SHARED,
     VM_WRITE,
     Vma,
     mm_lock,
@@ -66,7 +68,7 @@ __all__ = [
 
 SIGSEGV, SIGBUS = 11, 7
 
-_EFAULT = 14
+_ENOMEM, _EFAULT = 12, 14
 
 #: An access that still faults after so many tries would fault forever.
 _ENDLESS = 64
@@ -280,14 +282,20 @@ def faultin(
 def populate(machine: Machine, vma: Vma, start: int, stop: int, write: bool) -> Routine[None]:
     """Make pages of one mapping present, and ask again from the first that could not be had.
 
+    The caller holds the mmap_lock for reading. A fault that makes a page of a file dirty gives it
+    up, so that nobody waits while there are too many of those; the mapping is looked up anew then.
+
     Raises
     ------
     KernelError
-        Why that one could not be had.
+        Why that one could not be had; ENOMEM when the mapping is gone by then.
     """
     at = begun = start
     while at < stop:
         end = _reach(machine, vma, at, stop)
+        if write and vma.file and vma.flags & VM_SHARED:
+            _, end = next(iter(machine.chunks(at, end)))
+        completed = _to_be_dirtied(machine, vma, at, end) if write else 0
         try:
             yield from faultin(machine, vma, at, end, write)
         except KernelError:
@@ -298,6 +306,39 @@ def populate(machine: Machine, vma: Vma, start: int, stop: int, write: bool) -> 
             if write and not vma.flags & VM_HUGETLB:
                 _mark_dirty(machine, vma, at, end)
             at = end
+        if completed:
+            vma = yield from _give_lock_up(machine, vma, at if at < stop else stop - 1, completed)
+
+
+def _to_be_dirtied(machine: Machine, vma: Vma, start: int, stop: int) -> int:
+    """How many writes to a shared mapping will fault and find a clean page of a file.
+
+    Source: mm/memory.c (``fault_dirty_shared_page``).
+    """
+    if not vma.file or not vma.flags & VM_SHARED or device_file_of(machine, vma.file):
+        return 0
+    words = read_range(machine, mm_root(machine, vma.mm), start, stop)
+    vpns = start + np.flatnonzero((words & np.uint64(PRESENT | RW)) != PRESENT | RW)
+    frames = cached(machine, vma.file, vma.pgoff_of(0) + vpns)
+    flags = machine["page.flags"][pfn_to_page(machine, np.maximum(frames, 0))]
+    # What comes back from swap is dirty before it is mapped.
+    clean = (frames == 0) | ((frames > 0) & ((flags & np.uint32(PG_DIRTY)) == 0))
+    return int(np.count_nonzero(clean))
+
+
+def _give_lock_up(machine: Machine, vma: Vma, vpn: int, times: int) -> Routine[Vma]:
+    """Let others have the mmap_lock after each of some faults; returns what is mapped then."""
+    lock = mm_lock(machine, vma.mm)
+    lru_add_drain(machine, times)
+    machine.up_read(lock)
+    yield machine.step(
+        "Pages of a file have become dirty: the mmap_lock is given up for a while.", vma.mm
+    )
+    yield from machine.down_read(lock)
+    found = vma_lookup(machine, vma.mm, vpn)
+    if found is None:
+        raise KernelError(_ENOMEM, f"{machine.names.place(vma.mm, vpn, vpn + 1)}: no mapping")
+    return found
 
 
 def _mark_dirty(machine: Machine, vma: Vma, start: int, stop: int) -> None:
