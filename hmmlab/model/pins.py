@@ -80,17 +80,18 @@ def pin_user_pages(machine: Machine, mm: int, start: int, stop: int) -> Routine[
     try:
         while True:
             pfns = yield from get_user_pages(machine, mm, start, stop, True)
+            device = pfns[is_zone_device(machine, pfns)]
+            if device.size:
+                put_page(machine, pfns)
+                yield from _bring_home(machine, device)
+                continue
             if pfns.size < stop - start:
                 put_page(machine, pfns)
                 raise KernelError(_EFAULT, f"{machine.names.place(mm, start, stop)}: not all")
             if any(device_file_of(machine, vma.file) for vma in vmas_in(machine, mm, start, stop)):
                 put_page(machine, pfns)
                 raise KernelError(_EOPNOTSUPP, "a device file is mapped there")
-            device = pfns[is_zone_device(machine, pfns)]
-            if not device.size:
-                break
-            put_page(machine, pfns)
-            yield from _bring_home(machine, device)
+            break
     finally:
         machine.up_read(lock)
     machine.add("page.refcount", as_rows(page_rows(machine, pfns)), GUP_PIN_COUNTING_BIAS - 1)
@@ -102,7 +103,8 @@ def _bring_home(machine: Machine, pfns: Pfns) -> Routine[None]:
     """Move device memory to RAM, page after page, up to the first that somebody else holds."""
     rows = page_rows(machine, pfns)
     held = np.flatnonzero(machine["page.refcount"][rows] != machine["page.mapcount"][rows])
-    yield from migrate_device_coherent_pages(machine, pfns[: held[0] + 1] if held.size else pfns)
+    for first, last in machine.chunks(0, int(held[0]) + 1 if held.size else pfns.size):
+        yield from migrate_device_coherent_pages(machine, pfns[first:last])
     if held.size:
         raise KernelError(_EBUSY, "somebody holds device memory, which so cannot come home")
 
