@@ -197,7 +197,8 @@ def pfn_of(words: Words) -> Pfns:
 
 
 def with_protection(words: Words, prot: int) -> Words:
-    """Present words with the protection bits ``prot`` (``pte_modify``)."""
+    """Present words with the protection bits ``prot``, as old as they were (``pte_modify``)."""
+    prot &= ~_KEPT_BY_PROTECTION
     if prot & PRESENT and np.bitwise_and.reduce(words) & np.uint64(PRESENT):
         # Frame numbers stay as they are written.
         changed: Words = words & np.uint64(PFN_MASK | _KEPT_BY_PROTECTION)
