@@ -265,6 +265,7 @@ def split_huge_pmd(
         machine.write("pte", rows, _split_words(machine, vma, machine["pte"][rows], freeze))
         set_huge(machine, root, first, huge=False)
         machine.called("flush_tlb_mm_range")
+        machine.called("page_remove_rmap", PMD_PAGES if freeze else 0)
     yield machine.step(
         "512 small words map {range} now."
         if huge

@@ -63,7 +63,7 @@ from hmmlab.model.page import (
 from hmmlab.model.page_table import huge_blocks, walk
 from hmmlab.model.state import unique_rows
 from hmmlab.model.swap import folio_free_swap, free_swap_and_cache
-from hmmlab.model.tlb import MmuGather
+from hmmlab.model.tlb import MmuGather, flush_tlb
 from hmmlab.model.vmscan import reclaim_pages
 from hmmlab.model.zap import unmap_single_vma
 
@@ -165,7 +165,9 @@ def _free(machine: Machine, vma: Vma, prev: Vma | None, start: int, stop: int) -
 @kernel("mm/pagewalk.c", "walk_page_range")
 def _free_range(machine: Machine, tlb: MmuGather, vma: Vma, start: int, stop: int) -> Routine[None]:
     for low, high, row in list(_tables(machine, vma, start, stop)):
-        end = yield from _split_until_shared(machine, vma, low, high, row, by_head=True)
+        end = yield from _split_until_shared(
+            machine, vma, low, high, row, ACCESSED | DIRTY, by_head=True
+        )
         _free_words(machine, tlb, row, end - low)
     yield machine.step("{range} may be freed whenever memory runs short.", vma.mm, start, stop)
 
@@ -213,12 +215,13 @@ def _tables(machine: Machine, vma: Vma, start: int, stop: int) -> Iterator[tuple
 
 
 def _split_until_shared(
-    machine: Machine, vma: Vma, low: int, high: int, row: int, *, by_head: bool
+    machine: Machine, vma: Vma, low: int, high: int, row: int, marks: int, *, by_head: bool
 ) -> Routine[int]:
     """Split the huge pages of one table, unless a PMD word maps one that is wholly in the range.
 
     Returns where the walk of the table ends: at a huge page that others map too, or that cannot be
-    split. ``by_head`` says that its first frame tells how often it is mapped.
+    split. ``by_head`` says that its first frame tells how often it is mapped. A PMD word is flushed
+    before its ``marks`` are cleared.
     """
     if huge_blocks(machine, mm_root(machine, vma.mm), np.array([low]))[0]:
         word = machine["pte"][row : row + 1]
@@ -229,6 +232,7 @@ def _split_until_shared(
         if (counts[: None if by_head else 1] != 1).any():
             return low
         if high - low == PMD_PAGES:
+            flush_tlb(machine, int((word[0] & np.uint64(marks)) != 0))
             return high
         return high if (yield from split_huge_page(machine, head)) else low
     while True:  # over huge pages
@@ -305,7 +309,7 @@ def _age_range(
     machine: Machine, tlb: MmuGather, vma: Vma, start: int, stop: int, *, reclaim: bool
 ) -> Routine[None]:
     for low, high, row in list(_tables(machine, vma, start, stop)):
-        end = yield from _split_until_shared(machine, vma, low, high, row, by_head=False)
+        end = yield from _split_until_shared(machine, vma, low, high, row, ACCESSED, by_head=False)
         rows = np.arange(row, row + end - low)
         rows, words, pfns = _small_pages(machine, rows, machine["pte"][rows])
         frames = page_rows(machine, pfns)

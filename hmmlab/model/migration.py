@@ -44,7 +44,7 @@ from hmmlab.model.geometry import PMD_PAGES
 from hmmlab.model.huge_memory import split_huge_pmds_at
 from hmmlab.model.machine import Machine, Routine, kernel
 from hmmlab.model.memremap import is_device_private_page
-from hmmlab.model.mm_types import VM_WRITE, Vma, vm_page_prot, vma_at
+from hmmlab.model.mm_types import VM_WRITE, Vma, mm_root, vm_page_prot, vma_at
 from hmmlab.model.mmu_notifier import (
     Event,
     MmuNotifierRange,
@@ -63,6 +63,7 @@ from hmmlab.model.page import (
     set_flags,
 )
 from hmmlab.model.page_ref import get_page, put_page
+from hmmlab.model.page_table import huge_blocks
 from hmmlab.model.rmap import (
     Mappings,
     page_add_anon_rmap,
@@ -121,12 +122,17 @@ def try_to_migrate(
             low, high = int(place.vpn.min()), int(place.vpn.max()) + 1
             range = MmuNotifierRange.one(mm, Event.CLEAR, low, high, vma=vma_row, order=order[:1])
         yield from invalidate_range_start(machine, range)
-        _freeze_mapped(machine, pfns, place, huge=huge)
+        _freeze_mapped(machine, pfns, place, calls=1 if huge else None)
         yield from invalidate_range_end(machine, range)
 
 
-def _freeze_mapped(machine: Machine, pfns: Pfns, place: Mappings, *, huge: bool = False) -> None:
-    """Freeze the words in one mapping that map some of ``pfns``, and drop their references."""
+def _freeze_mapped(
+    machine: Machine, pfns: Pfns, place: Mappings, *, calls: int | None = None
+) -> None:
+    """Freeze the words in one mapping that map some of ``pfns``, and drop their references.
+
+    ``calls`` says for how many words that is noted, where it is not for each.
+    """
     mapped = place.only(place.maps)
     if not mapped.which.size:
         return
@@ -135,10 +141,9 @@ def _freeze_mapped(machine: Machine, pfns: Pfns, place: Mappings, *, huge: bool 
         is_present(entries), (entries & RW) != 0, swap_type(entries) == SWP_DEVICE_WRITE
     )
     exclusive = (machine["page.flags"][page_rows(machine, frames)] & PG_ANON_EXCLUSIVE) != 0
-    calls = 1 if huge else frames.size  # the words of a huge page are one
     machine.called_in_turn(
         ("flush_tlb_mm_range", pte_accessible(entries)[:calls]),
-        ("page_remove_rmap", np.ones(calls, np.bool_)),
+        ("page_remove_rmap", np.ones(frames.size, np.bool_)[:calls]),
     )
     rows = pfn_to_page(machine, frames)
     freeze(machine, mapped.row, entries, frames, rows, writable, exclusive)
@@ -256,6 +261,19 @@ def split_huge_page(machine: Machine, head: int) -> Routine[bool]:
         yield machine.step("Somebody holds the huge page: it cannot be split.")
         return False
     get_page(machine, pfns)
+    yield from _freeze_huge_page(machine, head, pfns)
+    machine.write("page.compound", as_rows(pfns), 0)
+    remove_migration_ptes(machine, pfns, pfns)
+    machine.called("remove_migration_ptes", PMD_PAGES - pfns.size)  # of what nobody maps
+    set_flags(machine, pfns, off=PG_LOCKED)
+    put_page(machine, pfns)
+    yield machine.step("The huge page is 512 pages of their own now.")
+    return True
+
+
+@kernel("mm/rmap.c", "try_to_migrate")
+def _freeze_huge_page(machine: Machine, head: int, pfns: Pfns) -> Routine[None]:
+    """Freeze all that maps ``pfns``, the frames of a huge page: PMD words as they are split."""
     found = rmap_walk(machine, pfns)
     one = int(pfns[0])
     low = int(machine["page.index"][one]) - (one - head)
@@ -267,14 +285,10 @@ def split_huge_page(machine: Machine, head: int) -> Routine[bool]:
             continue
         if not (machine["page.mapcount"][pfns] > 0).any():
             break
+        huge = huge_blocks(machine, mm_root(machine, vma.mm), np.array([first]))[0]
         yield from split_huge_pmds_at(machine, vma, first, freeze=True)
         range = MmuNotifierRange.one(vma.mm, Event.CLEAR, first, last, vma=vma_row)
         yield from invalidate_range_start(machine, range)
-        _freeze_mapped(machine, pfns, found.only(found.vma == vma_row))
+        place = found.only(found.vma == vma_row)
+        _freeze_mapped(machine, pfns, place, calls=0 if huge else None)
         yield from invalidate_range_end(machine, range)
-    machine.write("page.compound", as_rows(pfns), 0)
-    remove_migration_ptes(machine, pfns, pfns)
-    set_flags(machine, pfns, off=PG_LOCKED)
-    put_page(machine, pfns)
-    yield machine.step("The huge page is 512 pages of their own now.")
-    return True
