@@ -57,6 +57,7 @@ def references(look: Look) -> Iterator[str]:
     Mappings do, caches, device-exclusive entries, and device frames their backing.
     """
     state, expected = look.state, look.counts.copy()
+    expected[ZERO_PFN] = 1  # its mappings hold none
     device = np.flatnonzero(state["page.refcount"][state.ram_pages :] > 0) + state.ram_pages
     private = is_device_private_page(state, device_pfns(state, device))
     backing = state["page.private"][device[private]]
@@ -77,7 +78,6 @@ def references(look: Look) -> Iterator[str]:
     np.add.at(expected, page_rows(state, swap_offset_pfn(exclusive)), 1)
     pool = state["hugetlb.head"]
     expected[frames_of(pool[pool > 0])] += 1
-    expected[ZERO_PFN] = 1
     told = state["page.refcount"]
     for row in np.flatnonzero(expected[: told.size] != told[: expected.size])[:MANY].tolist():
         yield f"frame row {row} has {told[row]} references, {expected[row]} are known"
