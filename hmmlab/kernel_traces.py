@@ -59,6 +59,7 @@ KNOWN_CALLS = frozenset(
         "page_remove_rmap",
         "try_to_unmap",
         "lru_add_drain",
+        "lru_add_drain_all",
         "flush_tlb_mm_range",
         "tlb_finish_mmu",
         "__mmu_notifier_invalidate_range",

@@ -24,7 +24,7 @@ from hmmlab.model.entry import (
 )
 from hmmlab.model.geometry import PMD_PAGES
 from hmmlab.model.huge_memory import hugepage_vma_check
-from hmmlab.model.lru import lru_add_drain
+from hmmlab.model.lru import lru_add_drain, lru_add_drain_all
 from hmmlab.model.machine import Machine, Routine, kernel
 from hmmlab.model.mm_types import (
     VM_HUGETLB,
@@ -98,7 +98,7 @@ def may_collapse(vma: Vma) -> bool:
 @kernel("mm/khugepaged.c", "madvise_collapse")
 def collapse_range(machine: Machine, vma: Vma, start: int, stop: int) -> Routine[int]:
     """Collapse every 2 MiB that lies wholly in the range. Returns 0 or an errno."""
-    lru_add_drain(machine)
+    lru_add_drain_all(machine)
     first, last = -(-start // PMD_PAGES) * PMD_PAGES, stop // PMD_PAGES * PMD_PAGES
     failure, done = ScanResult.FAIL, 0
     for at in np.arange(first, last, PMD_PAGES).tolist():  # over 2 MiB

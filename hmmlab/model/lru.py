@@ -17,7 +17,7 @@ from hmmlab.model.page import PG_ANON, PG_LRU, PG_SWAPBACKED, page_rows, set_fla
 from hmmlab.model.page_ref import get_page, put_page
 from hmmlab.model.state import unique_rows
 
-__all__ = ["lru_add_drain", "mark_page_lazyfree"]
+__all__ = ["lru_add_drain", "lru_add_drain_all", "mark_page_lazyfree"]
 
 #: Pages of one batch (``PAGEVEC_SIZE``).
 _BATCH = 15
@@ -44,6 +44,16 @@ def mark_page_lazyfree(machine: Machine, pfns: Pfns) -> None:
 def lru_add_drain(machine: Machine, times: int = 1) -> None:
     """Move all that wait to their lists, ``times`` times."""
     machine.called("lru_add_drain", times)
+    _drain(machine)
+
+
+def lru_add_drain_all(machine: Machine) -> None:
+    """Let a kernel thread of every CPU do so."""
+    machine.called("lru_add_drain_all")
+    _drain(machine)
+
+
+def _drain(machine: Machine) -> None:
     waiting = _waiting(machine)
     if waiting.size:
         _wait(machine, waiting[:0])

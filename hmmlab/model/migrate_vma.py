@@ -245,10 +245,7 @@ def walk_page_range(machine: Machine, migrate: MigrateVma, vma: Vma) -> Routine[
     """Collect table by table; where no table is, nothing is there and may be filled."""
     low, high = int(migrate.vpns[0]), int(migrate.vpns[-1]) + 1
     table_by_table = machine.grain < PMD_PAGES
-    yield from _split_huge_pages(machine, vma, low, high)
-    for run in walk(machine, mm_root(machine, vma.mm), low, high):
-        if run.huge:  # it could not be split
-            continue
+    for run in list(walk(machine, mm_root(machine, vma.mm), low, high)):
         if run.row < 0:
             pages = LEVEL_PAGES[run.level]
             machine.called("migrate_vma_collect_hole", -(-run.stop // pages) - run.start // pages)
@@ -258,40 +255,40 @@ def walk_page_range(machine: Machine, migrate: MigrateVma, vma: Vma) -> Routine[
             continue
         at = run.start
         while at < run.stop:  # over page tables, or all at once
-            end = (
-                min(run.stop, align_down(at, PMD_PAGES) + PMD_PAGES) if table_by_table else run.stop
-            )
+            end = run.stop
+            if table_by_table or run.huge:
+                end = min(end, align_down(at, PMD_PAGES) + PMD_PAGES)
             part = slice(*np.searchsorted(migrate.vpns, (at, end)))
             row = run.row + at - run.start
             if part.start < part.stop:
-                yield from migrate_vma_collect_pmd(machine, migrate, vma, part, row - at)
+                yield from migrate_vma_collect_pmd(
+                    machine, migrate, vma, part, row - at, huge=run.huge
+                )
             at = end
 
 
-def _split_huge_pages(machine: Machine, vma: Vma, low: int, high: int) -> Routine[None]:
-    """Take apart what is huge, pages of zeros and pages of memory."""
-    for run in list(walk(machine, mm_root(machine, vma.mm), low, high)):
-        if not run.huge:
-            continue
-        for at in np.arange(align_down(run.start, PMD_PAGES), run.stop, PMD_PAGES).tolist():
-            word = machine["pte"][run.row + max(at, run.start) - run.start]
-            if word & np.uint64(SPECIAL):
-                yield from split_huge_pmd(machine, vma, at)
-            else:
-                head = int(machine["page.compound"][pfn_of(np.array([word]))[0]])
-                yield from split_huge_page(machine, head)
+def _split_huge(machine: Machine, vma: Vma, vpn: int, row: int) -> Routine[bool]:
+    """Take apart what a PMD word maps, the page of zeros or memory. Returns whether it is."""
+    word = machine["pte"][row]
+    if word & np.uint64(SPECIAL):
+        yield from split_huge_pmd(machine, vma, align_down(vpn, PMD_PAGES))
+        return True
+    head = int(machine["page.compound"][pfn_of(np.array([word]))[0]])
+    return (yield from split_huge_page(machine, head))
 
 
 @kernel("mm/migrate_device.c")
 def migrate_vma_collect_pmd(
-    machine: Machine, migrate: MigrateVma, vma: Vma, part: slice, offset: int
+    machine: Machine, migrate: MigrateVma, vma: Vma, part: slice, offset: int, *, huge: bool = False
 ) -> Routine[None]:
     """Look at words, and freeze those that can move behind a migration entry.
 
     ``part`` of the migration's pages is looked at; the word of page ``vpn`` is in row
-    ``vpn + offset``.
+    ``vpn + offset``. A ``huge`` PMD word is split first.
     """
     vpns = migrate.vpns[part]
+    if huge and not (yield from _split_huge(machine, vma, int(vpns[0]), int(vpns[0]) + offset)):
+        return
     src = migrate.src[part]
     word_rows = _rows_of_ascending(vpns, offset)
     words = machine["pte"][word_rows]

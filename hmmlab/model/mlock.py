@@ -81,6 +81,8 @@ def mlock_fixup(
         return vma
     vma = yield from change_vma_flags(machine, vma, prev, start, stop, vma.flags | VM_LOCKED)
     lru_add_drain(machine)
+    machine.called("walk_page_range")
+    lru_add_drain(machine)
     yield machine.step("{range} {are} to stay in RAM from now on.", vma.mm, start, stop)
     return vma
 

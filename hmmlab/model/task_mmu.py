@@ -23,6 +23,7 @@ from hmmlab.model.entry import (
     swap_offset_pfn,
     swap_type,
 )
+from hmmlab.model.geometry import PMD_PAGES
 from hmmlab.model.machine import Machine, Routine, kernel
 from hmmlab.model.mm_types import (
     VM_HUGETLB,
@@ -128,7 +129,8 @@ def _clear_all(machine: Machine, mm: int) -> Routine[None]:
         for run in walk(machine, mm_root(machine, mm), vma.start, vma.end):
             if run.row >= 0:
                 rows = np.arange(run.row, run.row + run.stop - run.start)
-                _clear_soft_dirty(machine, rows, cow=is_cow_mapping(vma.flags))
+                _clear_soft_dirty(machine, rows, cow=is_cow_mapping(vma.flags) and not run.huge)
+                flush_tlb(machine, rows.size // PMD_PAGES if run.huge else 0)
     yield machine.step("Every page looks unwritten now.", mm)
 
 

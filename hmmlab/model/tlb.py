@@ -13,13 +13,15 @@ Source: mm/mmu_gather.c, include/asm-generic/tlb.h, mm/swap_state.c
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 
 from hmmlab.model.alike import alike, some
 from hmmlab.model.entry import PRESENT, Bools, Pfns, Words
 from hmmlab.model.geometry import PMD_PAGES
 from hmmlab.model.lru import lru_add_drain
-from hmmlab.model.machine import Machine
+from hmmlab.model.machine import BULK, Machine
 from hmmlab.model.mmu_notifier import mm_has_notifiers
 from hmmlab.model.page import pfn_to_page
 from hmmlab.model.page_ref import put_page
@@ -62,16 +64,17 @@ class MmuGather:
         self.machine, self.mm = machine, mm
         self.cleared = False
         self._pages: list[Pfns] = []
-        self._waiting = 0
+        self._waiting, self._huge = 0, False
 
     def remove_pages(self, pfns: Pfns, *, huge: bool = False) -> None:
         """Let pages wait for the flush; when too many wait, it is done at once."""
         self.cleared = True
         if pfns.size:
             self._pages.append(pfns)
+            self._huge |= huge
             self._waiting += pfns.size // PMD_PAGES if huge else pfns.size
         if self._waiting > _BUNDLE + _BATCHES * _BATCH:
-            self._flush()
+            self.flush()
 
     def remove_tables(self, count: int) -> None:
         """Let freed page tables wait too."""
@@ -92,16 +95,26 @@ class MmuGather:
         """
         self.cleared |= nested
         with self.machine.within("tlb_finish_mmu"):
-            self._flush()
+            self.flush()
 
-    def _flush(self) -> None:
+    def flush(self) -> None:
+        """Flush, and free what waits (``tlb_flush_mmu``)."""
         self.flush_only()
-        if self._waiting:
-            lru_add_drain(self.machine, 1 - -max(self._waiting - _BUNDLE, 0) // _BATCH)
-        for pfns in self._pages:
-            rows = pfn_to_page(self.machine, pfns)
-            cached = unique_rows(some(pfns, alike(self.machine["page.swap"][rows]) != 0))
-            put_page(self.machine, pfns, rows)
-            free_swap_cache(self.machine, cached)
-        self._waiting = 0
+        edges = [0, *range(_BUNDLE, self._waiting, _BATCH), self._waiting]
+        if self._waiting and (self._huge or self.machine.grain == BULK):
+            lru_add_drain(self.machine, len(edges) - 1)
+            for pfns in self._pages:
+                self._free(pfns)
+        elif self._waiting:
+            pages = np.concatenate([np.zeros(0, np.int64), *self._pages])
+            for first, last in pairwise(edges):
+                lru_add_drain(self.machine)
+                self._free(pages[first:last])
+        self._waiting, self._huge = 0, False
         self._pages.clear()
+
+    def _free(self, pfns: Pfns) -> None:
+        rows = pfn_to_page(self.machine, pfns)
+        cached = unique_rows(some(pfns, alike(self.machine["page.swap"][rows]) != 0))
+        put_page(self.machine, pfns, rows)
+        free_swap_cache(self.machine, cached)

@@ -14,6 +14,7 @@ from hmmlab.model.entry import (
     SWP_EXCLUSIVE,
     SWP_SOFT_DIRTY,
     Pfns,
+    is_present,
     swap_word,
 )
 from hmmlab.model.filemap import drop_from_cache, swap_out_of_cache
@@ -46,7 +47,6 @@ from hmmlab.model.swap import (
     folio_alloc_swap,
     swap_duplicate,
 )
-from hmmlab.model.tlb import pte_accessible
 
 __all__ = ["reclaim_pages"]
 
@@ -138,8 +138,8 @@ def _unmap(machine: Machine, mm: int, pfns: Pfns, rows: Pfns) -> None:
     if exclusive.any():
         set_flags(machine, pfns[exclusive], off=PG_ANON_EXCLUSIVE)
     told = anon & mm_has_notifiers(machine, mm)
-    machine.called_in_turn(
-        ("flush_tlb_mm_range", pte_accessible(words)),
+    machine.called_in_turn(  # a gather is under way, so words of PROT_NONE count too
+        ("flush_tlb_mm_range", is_present(words)),
         ("__mmu_notifier_invalidate_range", told),
         ("page_remove_rmap", gone),
     )

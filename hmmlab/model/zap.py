@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from hmmlab.model.alike import all_of, any_of, part_of, rows_where, some
+from hmmlab.model.alike import alike, all_of, any_of, part_of, rows_where, some
 from hmmlab.model.entry import (
     DIRTY,
     SPECIAL,
@@ -77,9 +77,17 @@ def unmap_page_range(
             chosen &= is_present(words) & ~anon
         used, count = rows_where(chosen, words.size), int(np.count_nonzero(chosen))
         parts = [(0, count)] if run.huge and count else machine.chunks(0, count)
+        table, written = -1, False
         for first, last in parts:
             part = part_of(used, first, last)
-            yield from _zap(machine, tlb, vma, run.row, run.start, part, huge=run.huge)
+            low, high = (run.start + at for at in first_and_last(part))
+            if written and table != low // PMD_PAGES:
+                tlb.flush()
+                written = False
+            table = high // PMD_PAGES
+            written |= yield from _zap(machine, tlb, vma, run.row, run.start, part, huge=run.huge)
+        if written:
+            tlb.flush()
         if run.huge:
             for first in np.arange(run.start, run.stop, PMD_PAGES).tolist():  # over page tables
                 drop_table(machine, root, first)
@@ -94,10 +102,11 @@ def _zap(
     used: slice | NDArray[np.int64],
     *,
     huge: bool,
-) -> Routine[None]:
+) -> Routine[bool]:
     """Empty the words of pages ``start + used``, whose rows are ``row + used``.
 
-    Of ``huge`` words these are whole PMD words, which have one mapping each.
+    Of ``huge`` words these are whole PMD words, which have one mapping each. Returns whether a page
+    of a file was written through them: nobody may write to it any more before its lock is given up.
     """
     if isinstance(used, slice):
         rows: Rows = slice(row + used.start, row + used.stop)
@@ -110,7 +119,9 @@ def _zap(
     private = ~present & is_device_private(marks)
     machine.write("pte", rows, 0)
     dirty = some(named, normal & ((marks & np.uint64(DIRTY)) != 0))
-    cached = page_mapping(machine, dirty, pfn_to_page(machine, dirty))
+    dirty_rows = pfn_to_page(machine, dirty)
+    written = any_of((alike(machine["page.flags"][dirty_rows]) & np.uint32(PG_ANON)) == 0)
+    cached = page_mapping(machine, dirty, dirty_rows)
     if any_of(cached):
         set_flags(machine, unique_rows(some(dirty, cached)), PG_DIRTY)
     page_remove_rmap(machine, some(named, normal | private), huge=huge)
@@ -127,3 +138,4 @@ def _zap(
             free_swap_and_cache(machine, swap_offset(some(words, swapped)))
     first, last = first_and_last(used)
     yield machine.step("{range}: no longer mapped.", vma.mm, start + first, start + last + 1)
+    return written
