@@ -102,9 +102,15 @@ def _look(
     first = np.diff(heads[tails], prepend=-1) != 0
     codes[tails] = np.where(first | ~np.isin(heads[tails], queued), -_EACCES, 0)
     queued = np.flatnonzero((codes == 1) & (heads != 0))
-    if queued.size > 1:  # a huge page that waits in the queue cannot be queued again
-        again = queued[1:][(heads[queued[1:]] == heads[queued[:-1]])]
-        codes[again[::2] if again.size > 1 else again] = -_EBUSY
+    if queued.size > 1:
+        # A huge page that waits in the queue cannot be queued again; but that moves the queue, and
+        # then its other parts are there.
+        moves = np.cumsum(codes <= 0)
+        _, first, part = np.unique(heads[queued], return_index=True, return_inverse=True)
+        place = np.arange(queued.size) - first[part]
+        waits = (place == 1) & (moves[queued] == moves[queued[first]][part])
+        codes[queued[place > 0]] = 0
+        codes[queued[waits]] = -_EBUSY
     return codes, pfns
 
 
@@ -143,7 +149,8 @@ def _move_small(machine: Machine, pfns: Pfns, vpns: Pfns, node: int) -> Routine[
 
 def _move_huge(machine: Machine, head: int, vpn: int, node: int) -> Routine[bool]:
     pfns = frames_of(np.array([head]))
-    pfns = pfns[machine["page.refcount"][pfns] > 0]
+    mine = machine["page.compound"][pfns] == head  # a part that is gone may be somebody else's
+    pfns = pfns[mine & (machine["page.refcount"][pfns] > 0)]
     of_pool = bool(is_hugetlb(machine, pfns[:1])[0])
     get_page(machine, pfns)
     yield from try_to_migrate(machine, pfns, np.full(pfns.size, vpn), huge=True)
