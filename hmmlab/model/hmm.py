@@ -333,11 +333,11 @@ def _walk_huge(machine: Machine, range: HmmRange, vma: Vma, run: Run) -> Routine
         answers, cpu_flags, _ = _answers(machine, range, words)
         asked = range.request(at, end)
         lacking = _lacking(asked, cpu_flags)
-        machine.called("hmm_vma_walk_pmd")
-        if range.asks and any_of(lacking):
-            no_write = (cpu_flags & HMM_PFN_WRITE) == 0
-            write = bool((lacking & ((asked & HMM_PFN_REQ_WRITE) != 0) & no_write).any())
-            yield from hmm_vma_fault(machine, vma, at, end, write)
+        with machine.within("hmm_vma_walk_pmd"):
+            if range.asks and any_of(lacking):
+                no_write = (cpu_flags & HMM_PFN_WRITE) == 0
+                write = bool((lacking & ((asked & HMM_PFN_REQ_WRITE) != 0) & no_write).any())
+                yield from hmm_vma_fault(machine, vma, at, end, write)
         order = np.uint64(PMD_ORDER << HMM_PFN_ORDER_SHIFT)
         valid = (cpu_flags & HMM_PFN_VALID) != 0
         range.fill(at, end, np.where(valid, answers | order, answers))
