@@ -23,6 +23,7 @@ from hmmlab.model.entry import (
     present_word,
 )
 from hmmlab.model.geometry import PMD_PAGES
+from hmmlab.model.lru import drain_new, folio_add_lru, lru_add_drain, off_lru
 from hmmlab.model.machine import Machine, Routine, kernel
 from hmmlab.model.mm_types import VM_SHARED, VM_WRITE, Vma, vm_page_prot
 from hmmlab.model.mmu_notifier import (
@@ -36,10 +37,10 @@ from hmmlab.model.page import (
     PG_ANON_EXCLUSIVE,
     PG_DIRTY,
     PG_KSM,
-    PG_LRU,
     ZERO_PFN,
     as_rows,
     frames_of,
+    is_zone_device,
     pfn_to_page,
     set_flags,
     some_rows,
@@ -50,6 +51,9 @@ from hmmlab.model.rmap import page_add_new_anon_rmap, page_remove_rmap
 from hmmlab.model.state import Rows, unique_rows
 from hmmlab.model.swap import free_swap_cache, give_up_swap
 from hmmlab.model.tlb import ptep_clear_flush_notify
+
+#: Frames with more references are copied at once (``do_wp_page``).
+_HOPELESS = 3
 
 __all__ = ["born_dirty", "do_wp_page", "wp_page_copy"]
 
@@ -66,6 +70,8 @@ def do_wp_page(machine: Machine, vma: Vma, vpns: Pfns, rows: Rows, words: Words)
     anon = normal & ((flags & np.uint32(PG_ANON)) != 0)
     exclusive = anon & ((flags & np.uint32(PG_ANON_EXCLUSIVE)) != 0)
     alone = anon & ~exclusive & ((flags & np.uint32(PG_KSM)) == 0)
+    if alone.any():
+        _drain_for(machine, frames, at, alone)
     give_up_swap(machine, some(frames, alone))
     alone = alone & (_folio_ref_count(machine, at, alone) == 1)
     shared = normal & ~anon & bool(vma.flags & VM_SHARED)
@@ -92,6 +98,18 @@ def do_wp_page(machine: Machine, vma: Vma, vpns: Pfns, rows: Rows, words: Words)
         yield from wp_page_copy(
             machine, vma, some(vpns, copy), some_rows(rows, copy), some(words, copy)
         )
+
+
+def _drain_for(machine: Machine, frames: Pfns, rows: Rows, maybe: Bools) -> None:
+    """Drain the CPU's batches where one may be all that holds a frame besides its mapping."""
+    off = maybe & off_lru(machine, frames)
+    if any_of(off):
+        device = is_zone_device(machine, frames)
+        off = off & (machine["page.refcount"][rows] + ~device <= _HOPELESS)
+        if any_of(off & device):
+            lru_add_drain(machine)
+        elif any_of(off):
+            drain_new(machine)
 
 
 def _folio_ref_count(machine: Machine, rows: Rows, leaving: Bools) -> NDArray[np.int32]:
@@ -146,7 +164,7 @@ def wp_page_copy(machine: Machine, vma: Vma, vpns: Pfns, rows: Rows, words: Word
             some(normal, same),
         )
         at = pfn_to_page(machine, old)
-    set_flags(machine, new, PG_LRU)
+    folio_add_lru(machine, new)
     ptep_clear_flush_notify(machine, vma.mm, vpns.size)
     page_add_new_anon_rmap(machine, new, vma, vpns)
     machine.write("pte", rows, present_word(new, born_dirty(vma, vm_page_prot(vma.flags))))

@@ -12,9 +12,9 @@ from __future__ import annotations
 import numpy as np
 
 from hmmlab.model.entry import Pfns, Words
-from hmmlab.model.lru import lru_add_drain
+from hmmlab.model.lru import folio_add_lru, lru_add_drain
 from hmmlab.model.machine import Machine
-from hmmlab.model.page import PG_DIRTY, PG_LRU, PG_SWAPBACKED, as_rows, set_flags
+from hmmlab.model.page import PG_DIRTY, PG_SWAPBACKED, as_rows, set_flags
 from hmmlab.model.page_alloc import alloc_pages
 from hmmlab.model.page_ref import get_page, put_page
 from hmmlab.model.state import Rows, State
@@ -150,7 +150,7 @@ def read_pages(machine: Machine, file: int, pages: Pfns) -> Pfns:
         pfns[missing] = new
         machine.write("page.mapping", as_rows(new), file)
         machine.write("page.index", as_rows(new), pages[missing])
-        set_flags(machine, new, PG_LRU | PG_SWAPBACKED)
+        folio_add_lru(machine, new, PG_SWAPBACKED)
         machine.write("cache.page", cache_rows(machine, file, pages[missing]), new)
     return pfns
 

@@ -39,6 +39,7 @@ from hmmlab.model.geometry import PMD_PAGES
 from hmmlab.model.huge_memory import split_huge_pmd
 from hmmlab.model.hugetlb import copy_hugetlb_page_range
 from hmmlab.model.ksm import ksm_fork
+from hmmlab.model.lru import fill_new, folio_add_lru
 from hmmlab.model.machine import KernelError, Machine, Routine, kernel
 from hmmlab.model.mm_types import (
     VM_DONTCOPY,
@@ -67,12 +68,10 @@ from hmmlab.model.mmu_notifier import (
 )
 from hmmlab.model.page import (
     PG_ANON_EXCLUSIVE,
-    PG_LRU,
     as_rows,
     folio_maybe_dma_pinned,
     page_rows,
     pfn_to_page,
-    set_flags,
 )
 from hmmlab.model.page_alloc import alloc_pages
 from hmmlab.model.page_ref import get_page
@@ -127,6 +126,7 @@ def _copy_mappings(machine: Machine, mm: int, oldmm: int) -> Routine[None]:
             anon_vma_fork(machine, child, vma)
             yield from copy_page_range(machine, vma_at(machine, child.row), vma)
     flush_tlb(machine)
+    fill_new(machine)  # both write to their stacks and heaps at once, and so copy them
     yield machine.step("The child has a copy of every mapping.", oldmm)
 
 
@@ -248,7 +248,7 @@ def _copied(machine: Machine, child: Vma, vpns: Pfns, pfns: Pfns) -> Words:
     new = alloc_pages(machine, pfns.size)
     content = machine["page.content"][page_rows(machine, pfns)]
     machine.write("page.content", as_rows(page_rows(machine, new)), content)
-    set_flags(machine, new, PG_LRU)
+    folio_add_lru(machine, new)
     page_add_new_anon_rmap(machine, new, child, vpns)
     writable = RW if child.flags & VM_WRITE else 0
     return present_word(new, vm_page_prot(child.flags) | DIRTY | SOFT_DIRTY | writable)

@@ -28,6 +28,7 @@ from hmmlab.model.entry import (
     present_word,
 )
 from hmmlab.model.geometry import PMD_PAGES, align_down
+from hmmlab.model.lru import folio_add_lru
 from hmmlab.model.machine import KernelError, Machine, Routine, kernel
 from hmmlab.model.mm_types import (
     VM_HUGEPAGE,
@@ -49,7 +50,6 @@ from hmmlab.model.mmu_notifier import (
 from hmmlab.model.page import (
     PG_ANON_EXCLUSIVE,
     PG_DIRTY,
-    PG_LRU,
     ZERO_PFN,
     as_rows,
     frames_of,
@@ -151,7 +151,7 @@ def do_huge_pmd_anonymous_pages(
         marks = DIRTY | SOFT_DIRTY | (RW if vma.flags & VM_WRITE else 0)
         words = present_word(frames_of(heads), prot | marks)
         pages = frames_of(blocks)
-        set_flags(machine, frames_of(heads), PG_LRU)
+        folio_add_lru(machine, frames_of(heads), huge=True)
         page_add_new_anon_rmap(machine, frames_of(heads), vma, pages, huge=True)
     else:
         zeros = np.arange(PMD_PAGES) + _huge_zero_page(machine)

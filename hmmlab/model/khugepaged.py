@@ -24,7 +24,7 @@ from hmmlab.model.entry import (
 )
 from hmmlab.model.geometry import PMD_PAGES
 from hmmlab.model.huge_memory import hugepage_vma_check
-from hmmlab.model.lru import lru_add_drain, lru_add_drain_all
+from hmmlab.model.lru import folio_add_lru, lru_add_drain, lru_add_drain_all
 from hmmlab.model.machine import Machine, Routine, kernel
 from hmmlab.model.mm_types import (
     VM_HUGETLB,
@@ -44,7 +44,7 @@ from hmmlab.model.mmu_notifier import (
     invalidate_range_end,
     invalidate_range_start,
 )
-from hmmlab.model.page import PG_LRU, as_rows, frames_of, is_zone_device, page_rows, set_flags
+from hmmlab.model.page import as_rows, frames_of, is_zone_device, page_rows
 from hmmlab.model.page_alloc import alloc_huge_pages
 from hmmlab.model.page_ref import put_page
 from hmmlab.model.page_table import has_table, huge_blocks, rows_of_range, set_huge, table_of
@@ -238,7 +238,7 @@ def _collapse_huge_page(machine: Machine, vma: Vma, first: int) -> Routine[ScanR
     cached = np.unique(old[machine["page.swap"][old] != 0])
     put_page(machine, old)
     free_swap_cache(machine, cached)
-    set_flags(machine, new, PG_LRU)
+    folio_add_lru(machine, new, huge=True)
     page_add_new_anon_rmap(machine, new, vma, np.arange(first, last), huge=True)
     rights = DIRTY | SOFT_DIRTY | (RW if vma.flags & VM_WRITE else 0)
     machine.write("pte", rows, present_word(new, vm_page_prot(vma.flags) | rights))

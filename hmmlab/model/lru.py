@@ -1,29 +1,77 @@
-"""Pages on their way to another LRU list: a CPU gathers fifteen before it moves them.
+"""Pages on their way to an LRU list: a CPU gathers fifteen before it moves them.
 
 A page that waits in such a batch has one more reference. Of the batches only that of MADV_FREE can
 be seen from outside: until it is drained, a write fault finds a page held twice and copies it, and
-the page still counts as backed by swap.
+the page still counts as backed by swap. The batch of new pages is only heard: a write fault that
+finds its page there has it drained first. So it is no column, and kept for who hears the calls.
 
-Source: mm/swap.c (``mark_page_lazyfree``, ``lru_add_drain``).
+Source: mm/swap.c (``folio_add_lru``, ``mark_page_lazyfree``, ``lru_add_drain``).
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-from hmmlab.model.entry import Pfns
+from hmmlab.model.entry import Bools, Pfns
 from hmmlab.model.machine import Machine
-from hmmlab.model.page import PG_ANON, PG_LRU, PG_SWAPBACKED, page_rows, set_flags
+from hmmlab.model.page import (
+    PG_ANON,
+    PG_LRU,
+    PG_SWAPBACKED,
+    is_zone_device,
+    page_rows,
+    set_flags,
+)
 from hmmlab.model.page_ref import get_page, put_page
-from hmmlab.model.state import unique_rows
+from hmmlab.model.state import Rows, unique_rows
 
-__all__ = ["lru_add_drain", "lru_add_drain_all", "mark_page_lazyfree"]
+__all__ = [
+    "drain_new",
+    "fill_new",
+    "folio_add_lru",
+    "lru_add_drain",
+    "lru_add_drain_all",
+    "mark_page_lazyfree",
+    "off_lru",
+]
 
 #: Pages of one batch (``PAGEVEC_SIZE``).
 _BATCH = 15
 
 Machine.declare("lru.lazyfree", np.int64, "frames that wait in the batch of MADV_FREE")
 Machine.declare("lru.lazyfree_count", np.int32, "how many do")
+
+
+def folio_add_lru(
+    machine: Machine, pfns: Pfns, flags: int = 0, *, rows: Rows | None = None, huge: bool = False
+) -> None:
+    """Let frames be on the LRU lists, and have ``flags``; a ``huge`` page does not wait for it."""
+    set_flags(machine, pfns, PG_LRU | flags, rows=rows)
+    if machine.observed:
+        waiting = np.concatenate([_new(machine), pfns])
+        full = waiting.size if huge else waiting.size // _BATCH * _BATCH
+        machine.objects["lru.add"] = {0: waiting[full:]}
+
+
+def off_lru(machine: Machine, pfns: Pfns) -> Bools:
+    """Which frames are on no LRU list yet, as far as can be told: device memory never is."""
+    return is_zone_device(machine, pfns) | np.isin(pfns, _new(machine))
+
+
+def drain_new(machine: Machine) -> None:
+    """Let what is only heard be heard: new pages are on their lists now."""
+    machine.called("lru_add_drain")
+    machine.objects.pop("lru.add", None)
+
+
+def fill_new(machine: Machine) -> None:
+    """New pages are on their lists by now: others that no mapping here has filled the batch."""
+    machine.objects.pop("lru.add", None)
+
+
+def _new(machine: Machine) -> Pfns:
+    waiting: Pfns = machine.objects.get("lru.add", {}).get(0, np.zeros(0, np.int64))
+    return waiting
 
 
 def mark_page_lazyfree(machine: Machine, pfns: Pfns) -> None:
@@ -54,6 +102,7 @@ def lru_add_drain_all(machine: Machine) -> None:
 
 
 def _drain(machine: Machine) -> None:
+    machine.objects.pop("lru.add", None)
     waiting = _waiting(machine)
     if waiting.size:
         _wait(machine, waiting[:0])

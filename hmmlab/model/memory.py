@@ -46,13 +46,13 @@ from hmmlab.model.huge_memory import (
     will_be_huge,
 )
 from hmmlab.model.hugetlb import hugetlb_fault
+from hmmlab.model.lru import folio_add_lru
 from hmmlab.model.machine import KernelError, Machine, Routine, kernel
 from hmmlab.model.memremap import of_pagemap
 from hmmlab.model.mm_types import VM_HUGETLB, VM_SHARED, Vma, mm_root, vm_page_prot, vma_at
 from hmmlab.model.mmu_notifier import mm_has_notifiers
 from hmmlab.model.page import (
     PG_DIRTY,
-    PG_LRU,
     ZERO_PFN,
     as_rows,
     page_rows,
@@ -276,7 +276,7 @@ def do_anonymous_page(
         return
     vma = anon_vma_prepare(machine, vma)
     pfns = alloc_pages(machine, vpns.size)
-    set_flags(machine, pfns, PG_LRU)
+    folio_add_lru(machine, pfns)
     page_add_new_anon_rmap(machine, pfns, vma, vpns)
     machine.write("pte", rows, present_word(pfns, born_dirty(vma, prot)))
     yield machine.step(
@@ -298,7 +298,7 @@ def do_fault(machine: Machine, vma: Vma, vpns: Pfns, rows: Rows, write: bool) ->
         content = machine["page.content"][page_rows(machine, pfns)]
         pfns = alloc_pages(machine, vpns.size)
         machine.write("page.content", as_rows(page_rows(machine, pfns)), content)
-        set_flags(machine, pfns, PG_LRU)
+        folio_add_lru(machine, pfns)
         page_add_new_anon_rmap(machine, pfns, vma, vpns)
         how = "a write to a private page of a file: a copy of its own is mapped."
     else:

@@ -31,7 +31,7 @@ from hmmlab.model.entry import (
     present_word,
     swap_word,
 )
-from hmmlab.model.lru import lru_add_drain
+from hmmlab.model.lru import folio_add_lru, lru_add_drain
 from hmmlab.model.machine import KernelError, Machine, Routine, kernel
 from hmmlab.model.memremap import is_device_private_page
 from hmmlab.model.migrate_vma import MigrateVma, walk_page_range
@@ -145,6 +145,9 @@ def migrate_device_unmap(machine: Machine, migrate: MigrateVma) -> Routine[None]
     refused = (mapcount > 0) | (refcount - extra > mapcount)
     if any_of(refused):
         back = some(pfns, refused)
+        system = some(back, ~is_zone_device(machine, back))
+        if system.size:
+            folio_add_lru(machine, system)
         migrate.src[some(row_numbers(rows_where(valid, migrate.vpns.size)), refused)] = 0
         remove_migration_ptes(machine, back, back)
         set_flags(machine, back, off=PG_LOCKED)
@@ -321,7 +324,7 @@ def _finalize_pages(
         new_rows, old_rows = pfn_to_page(machine, new), pfn_to_page(machine, old)
         system = ~is_zone_device(machine, new, new_rows)
         if any_of(system):
-            set_flags(machine, some(new, system), PG_LRU, rows=some_rows(new_rows, system))
+            folio_add_lru(machine, some(new, system), rows=some_rows(new_rows, system))
         places = migrate.places(machine, some(vpns, valid))
         remove_migration_ptes(machine, old, new, places, new_rows)
         set_flags(machine, old, off=PG_LOCKED, rows=old_rows)

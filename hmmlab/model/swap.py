@@ -13,10 +13,10 @@ import numpy as np
 
 from hmmlab.model.entry import Pfns
 from hmmlab.model.geometry import PMD_PAGES, align_down
+from hmmlab.model.lru import folio_add_lru
 from hmmlab.model.machine import Machine
 from hmmlab.model.page import (
     PG_DIRTY,
-    PG_LRU,
     PG_READAHEAD,
     PG_SWAPBACKED,
     as_rows,
@@ -154,7 +154,7 @@ def _read(machine: Machine, slots: Pfns, wanted: int) -> None:
         return
     pfns = alloc_pages(machine, slots.size)
     machine.write("page.content", as_rows(pfns), machine["swap.content"][slots])
-    set_flags(machine, pfns, PG_LRU | PG_SWAPBACKED)
+    folio_add_lru(machine, pfns, PG_SWAPBACKED)
     ahead = pfns[slots != wanted]
     if ahead.size:
         set_flags(machine, ahead, PG_READAHEAD)

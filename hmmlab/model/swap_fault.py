@@ -30,11 +30,11 @@ from hmmlab.model.entry import (
     swap_offset_pfn,
 )
 from hmmlab.model.exclusive import remove_device_exclusive_entries
-from hmmlab.model.lru import lru_add_drain
+from hmmlab.model.lru import folio_add_lru, lru_add_drain
 from hmmlab.model.machine import Machine, Routine, kernel
 from hmmlab.model.memremap import pagemap_of
 from hmmlab.model.mm_types import VM_LOCKED, VM_WRITE, Vma, mm_root, vm_page_prot
-from hmmlab.model.page import PG_LRU, PG_SWAPBACKED, as_rows, pfn_to_page, set_flags
+from hmmlab.model.page import PG_SWAPBACKED, as_rows, pfn_to_page
 from hmmlab.model.page_alloc import alloc_pages
 from hmmlab.model.page_ref import get_page, put_page
 from hmmlab.model.page_table import read_range
@@ -165,7 +165,7 @@ def _map_swapped(
     if any_of(fresh):
         new = alloc_pages(machine, int(fresh.sum()))
         machine.write("page.content", as_rows(new), machine["swap.content"][slots[fresh]])
-        set_flags(machine, new, PG_LRU | PG_SWAPBACKED)
+        folio_add_lru(machine, new, PG_SWAPBACKED)
         pfns[fresh] = new
     get_page(machine, pfns[~fresh])  # the mapping's; a fresh frame has it from the start
     swap_free(machine, slots)
