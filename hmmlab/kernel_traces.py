@@ -55,6 +55,7 @@ KNOWN_CALLS = frozenset(
         "wp_page_copy",
         "do_swap_page",
         "__split_huge_pmd",
+        "split_huge_page_to_list",
         "page_add_new_anon_rmap",
         "page_remove_rmap",
         "try_to_unmap",

@@ -16,6 +16,7 @@ from hmmlab.answers import Known
 from hmmlab.model.access import user_access
 from hmmlab.model.driver import Answer, Driver
 from hmmlab.model.ksm import ksm_scan
+from hmmlab.model.lru import fill_new
 from hmmlab.model.machine import Actor, KernelError, Machine, Routine, Steps
 from hmmlab.model.madvise import sys_madvise
 from hmmlab.model.mlock import sys_mlock
@@ -40,6 +41,10 @@ __all__ = ["Execution", "Family"]
 
 #: The processes of a scenario by their line of descent: ``()`` reads it, ``("c1",)`` is a child.
 Family = dict[tuple[str, ...], Known]
+
+#: The recorded reader's buffer for so many pages is memory of its own that it has just written, and
+#: which has filled the batch of new pages (M_MMAP_THRESHOLD of malloc).
+_NEW_BUFFER = 32
 
 _PAGEMAP = (
     (PM_PRESENT, "P"),
@@ -216,7 +221,10 @@ class Execution:
         self, routine: Callable[..., Routine[Answer]], *, data: bool = False
     ) -> dict[str, Any]:
         """``routine`` of the device, which gets the first page and the page past the last."""
-        body = _checked(routine, *self._span())
+        start, stop = self._span()
+        if stop - start >= _NEW_BUFFER:
+            fill_new(self.machine)
+        body = _checked(routine, start, stop)
         ret, answer = self._run(body, self._driver().actor)
         answer = answer or Answer()
         found = {"ret": ret, "cpages": answer.cpages, "faults": answer.faults}

@@ -55,7 +55,8 @@ def folio_add_lru(
 
 def off_lru(machine: Machine, pfns: Pfns) -> Bools:
     """Which frames are on no LRU list yet, as far as can be told: device memory never is."""
-    return is_zone_device(machine, pfns) | np.isin(pfns, _new(machine))
+    off, waiting = is_zone_device(machine, pfns), _new(machine)
+    return off | np.isin(pfns, waiting) if waiting.size else off
 
 
 def drain_new(machine: Machine) -> None:
