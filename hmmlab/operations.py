@@ -16,7 +16,7 @@ from hmmlab.answers import Known
 from hmmlab.model.access import user_access
 from hmmlab.model.driver import Answer, Driver
 from hmmlab.model.ksm import ksm_scan
-from hmmlab.model.lru import fill_new
+from hmmlab.model.lru import fill_new, lru_add_drain
 from hmmlab.model.machine import Actor, KernelError, Machine, Routine, Steps
 from hmmlab.model.madvise import sys_madvise
 from hmmlab.model.mlock import sys_mlock
@@ -209,7 +209,7 @@ class Execution:
         driver = Dmirror(process, name, self.args["unit"] + 1)
         process.files[name] = self.known.devices[name] = driver
         self.known.mms[process.mm] = process.name
-        return {"ret": self._run(driver.open_file(), driver.actor)[0]}
+        return {"ret": self._run(_opened(driver), driver.actor)[0]}
 
     def _close(self) -> dict[str, Any]:
         name, driver = self.args["device"], self._driver()
@@ -260,6 +260,12 @@ class Execution:
         driver, out = self._dmirror(), np.zeros(self.args["pages"], np.uint8)
         found = self._ioctl(lambda start, _: driver.snapshot_pages(start, out))
         return {**found, "snapshot": out.tobytes().hex()} if out.size else found
+
+
+def _opened(driver: Driver) -> Routine[None]:
+    """Open a device. The recorded reader unmaps a page of its own then, which drains batches."""
+    yield from driver.open_file()
+    lru_add_drain(driver.machine, 0)
 
 
 def _checked(routine: Callable[..., Routine[Answer]], start: int, stop: int) -> Routine[Answer]:
