@@ -142,7 +142,6 @@ def do_huge_pmd_anonymous_pages(
     """Fill the 2 MiB around each of ``vpns`` with a huge page, or map the huge page of zeros."""
     vma = anon_vma_prepare(machine, vma)
     khugepaged_enter(machine, vma, vma.flags)
-    machine.write("khugepaged.awake", 0, 0)  # it comes while the page is huge already
     root, prot = mm_root(machine, vma.mm), vm_page_prot(vma.flags)
     blocks = vpns - vpns % PMD_PAGES
     if write:

@@ -150,6 +150,9 @@ def _is_worth_it(machine: Machine, vma: Vma, first: int) -> bool:
     shared = int((normal & (machine["page.mapcount"][frames] > 1)).sum())
     young = int((normal & ((words & ACCESSED) != 0)).sum())
     enough = young >= (PMD_PAGES // 2 if swapped else 1)
+    # The fault that has woken it may have brought a huge page, and split its word at once for a
+    # device: while the parts are held for that, it has come and gone.
+    enough &= not machine["page.compound"][frames].any()
     return swapped <= _MAX_SWAPPED and shared <= _MAX_SHARED and normal.any() and enough
 
 

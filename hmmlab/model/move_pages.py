@@ -106,9 +106,9 @@ def _look(
         # A huge page that waits in the queue cannot be queued again; but that moves the queue, and
         # then its other parts are there.
         moves = np.cumsum(codes <= 0)
-        _, leads, part = np.unique(heads[queued], return_index=True, return_inverse=True)
-        place = np.arange(queued.size) - leads[part]
-        waits = (place == 1) & (moves[queued] == moves[queued[leads]][part])
+        _, leads, which = np.unique(heads[queued], return_index=True, return_inverse=True)
+        place = np.arange(queued.size) - leads[which]
+        waits = (place == 1) & (moves[queued] == moves[queued[leads]][which])
         codes[queued[place > 0]] = 0
         codes[queued[waits]] = -_EBUSY
     return codes, pfns
