@@ -98,7 +98,7 @@ def user_access(
     KernelError
         SIGSEGV at the first page that may not be accessed so; writes before it have happened.
     """
-    data = np.zeros(stop - start, np.uint64) if values is None else values
+    data = np.empty(stop - start, np.uint64) if values is None else values
     for first, last in machine.chunks(start, stop):
         with machine.bulk(last - first):
             at = first

@@ -14,9 +14,13 @@ from numpy.typing import NDArray
 __all__ = ["alike", "all_of", "any_of", "how_many", "part_of", "rows_where", "some"]
 
 
+#: What ``values.all()`` comes to, without its detour.
+_every = np.logical_and.reduce
+
+
 def alike(values: NDArray[Any]) -> NDArray[Any]:
     """``values``, of shape (n,), or where all are equal the first of them, of shape (1,)."""
-    if values.size > 1 and values[0] == values[-1] and (values == values[0]).all():
+    if values.size > 1 and values[0] == values[-1] and _every(values == values[0]):
         return values[:1].copy()
     return values
 

@@ -268,12 +268,13 @@ def marks_and_pfns(words: Words) -> tuple[Words, Pfns]:
 
 def _frame_field(words: Words) -> int:
     """The bits in which all of some words name their frames; 0 where they are of several kinds."""
-    if np.bitwise_and.reduce(words) & np.uint64(PRESENT):
-        return PFN_MASK
+    if not words.size:
+        return 0
+    if words[0] & np.uint64(PRESENT):
+        return PFN_MASK if np.bitwise_and.reduce(words) & np.uint64(PRESENT) else 0
     # Migration and device entries: no present word has bits so high.
-    if words.size and int(words.min()) >= SWP_MIGRATION_READ << _TYPE_SHIFT:
-        return _SWP_PFN_MASK << _OFFSET_SHIFT
-    return 0
+    names = int(words.min()) >= SWP_MIGRATION_READ << _TYPE_SHIFT
+    return _SWP_PFN_MASK << _OFFSET_SHIFT if names else 0
 
 
 def migration_word(words: Words, pfns: Pfns, writable: Bools, exclusive: Bools) -> Words:
