@@ -27,6 +27,13 @@ def _kept(values: NDArray[Any]) -> NDArray[Any]:
     return np.array(values)
 
 
+def _upwards(rows: Rows) -> Rows:
+    """The same rows, from the first to the last where they are a slice: half the time to change."""
+    if isinstance(rows, slice) and rows.step == -1:
+        return slice(rows.stop + 1, rows.start + 1)
+    return rows
+
+
 class Door(State):
     """Columns that change by :meth:`write` and :meth:`add` only; observers hear of each change."""
 
@@ -53,7 +60,7 @@ class Door(State):
         """Set ``rows`` (unique) of ``column`` to ``values``. The only way to change a column."""
         array = self._columns[column].reserve(rows)
         if not self._observers:
-            array[rows] = values
+            array[_upwards(rows) if np.size(values) == 1 else rows] = values
             return
         old = _kept(array[rows])
         array[rows] = values
@@ -66,7 +73,7 @@ class Door(State):
             if self._observers:
                 self.write(column, rows, array[rows] + delta)
             else:
-                array[rows] += delta
+                array[_upwards(rows) if np.size(delta) == 1 else rows] += delta
             return
         amount = np.asarray(delta).astype(array.dtype)  # another dtype is two hundred times slower
         if not amount.ndim and ((rows[1:] > rows[:-1]).all() or (rows[1:] < rows[:-1]).all()):

@@ -72,8 +72,9 @@ def alloc_pages(machine: Machine, count: int, node: int = 0) -> Pfns:
         again = min(missing, free)
         anew = min(missing - again, limit - first - used - huge)
         if again:
-            stack = machine[f"zone.free_list.{zone}"]
-            recycled.append((zone, stack[free - again : free].copy()))
+            last = machine[f"zone.free_list.{zone}"][free - again : free]
+            # Upwards, where it is one way or the other: that is what passes are fastest in.
+            recycled.append((zone, (last[::-1] if last[0] > last[-1] else last).copy()))
         if anew:
             fresh.append((zone, np.arange(first + used, first + used + anew)))
         missing -= again + anew
