@@ -81,7 +81,6 @@ __all__ = [
     "migrate_pfn_to_pfn",
     "migration_marks",
     "migration_word",
-    "named_pfn",
     "pfn_of",
     "present_word",
     "repeats_device_private",
@@ -236,11 +235,6 @@ def swap_offset_pfn(words: Words) -> Pfns:
     return field.view(np.int64)
 
 
-def named_pfn(words: Words) -> Pfns:
-    """Frame that each word names, be it present or a migration or device entry; 0 for none."""
-    return marks_and_pfns(words)[1]
-
-
 def marks_of(words: Words) -> Words:
     """The words without the frames that they name, one for all where they are alike so.
 
@@ -251,7 +245,10 @@ def marks_of(words: Words) -> Words:
 
 
 def marks_and_pfns(words: Words) -> tuple[Words, Pfns]:
-    """What :func:`marks_of` and :func:`named_pfn` say of words, uint64 of shape (n,)."""
+    """The marks of words, uint64 of shape (n,), and the frames that they name; 0 for none.
+
+    A present word names a frame, and so does a migration or device entry.
+    """
     field = _frame_field(words)
     if field == PFN_MASK:
         pfns = words & np.uint64(PFN_MASK)

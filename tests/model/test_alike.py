@@ -103,7 +103,7 @@ def test_marks_tell_all_but_the_frame(listed):
     for question in QUESTIONS:
         expected = question(words)
         assert np.broadcast_to(question(marks), words.shape).tolist() == expected.tolist()
-    one_by_one = [int(entry.named_pfn(words[at : at + 1])[0]) for at in range(words.size)]
+    one_by_one = [int(entry.marks_and_pfns(words[at : at + 1])[1][0]) for at in range(words.size)]
     assert pfns.tolist() == one_by_one
 
 
