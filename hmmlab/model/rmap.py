@@ -250,9 +250,10 @@ def rmap_walk(state: State, pfns: Pfns) -> Mappings:
     named = _frames_named(np.where(words >= 0, state["pte"][words], np.uint64(0)))
     maps = named == pfns[which]
     if merged.any():  # a child's page is visited for itself, and again for its parent's
-        again = np.ones(words.size, np.bool_)
-        again[np.unique(words, return_index=True)[1]] = False
-        maps &= ~again
+        visits = np.flatnonzero(maps)
+        pairs = np.stack([which[visits], words[visits]])
+        maps[visits] = False
+        maps[visits[np.unique(pairs, axis=1, return_index=True)[1]]] = True
     return Mappings(which, vmas, vpns, words, maps, ranks)
 
 

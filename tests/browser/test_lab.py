@@ -65,7 +65,7 @@ def test_the_index_opens_notebooks_before_and_after_it_was_run(lab_server, page)
         open_notebook(page, "index")
         if run:
             run_all(page)
-            expect(page.get_by_text("0 of ")).to_be_visible()
+            expect(page.get_by_text("0 of 30 exercises")).to_be_visible()
         page.get_by_role("link", name="02 Why share an address space?").click()
         wait_for_notebook(page, "02_share_an_address_space.ipynb")
 
@@ -91,7 +91,7 @@ def test_progress_shows_in_the_index_and_can_be_started_again(lab_server, page):
     expect(page.get_by_text("1 of ")).to_be_visible()
     page.get_by_role("button", name="Start again").click()
     page.get_by_role("button", name="Yes, forget all").click()
-    expect(page.get_by_text("0 of ")).to_be_visible()
+    expect(page.get_by_text("0 of 30 exercises")).to_be_visible()
     expect(page.get_by_role("listitem").filter(has_text="repoint")).to_contain_text("○")
 
 
