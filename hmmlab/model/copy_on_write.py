@@ -70,7 +70,7 @@ def do_wp_page(machine: Machine, vma: Vma, vpns: Pfns, rows: Rows, words: Words)
     anon = normal & ((flags & np.uint32(PG_ANON)) != 0)
     exclusive = anon & ((flags & np.uint32(PG_ANON_EXCLUSIVE)) != 0)
     alone = anon & ~exclusive & ((flags & np.uint32(PG_KSM)) == 0)
-    if alone.any():
+    if any_of(alone):
         _drain_for(machine, frames, at, alone)
     give_up_swap(machine, some(frames, alone))
     alone = alone & (_folio_ref_count(machine, at, alone) == 1)

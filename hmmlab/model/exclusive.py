@@ -11,7 +11,6 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from hmmlab.model.anon_vma import find_vmas_of_anon_vma
 from hmmlab.model.entry import (
     ACCESSED,
     DIRTY,
@@ -30,10 +29,9 @@ from hmmlab.model.entry import (
     swap_type,
     swap_word,
 )
-from hmmlab.model.geometry import PMD_PAGES
 from hmmlab.model.hugetlb import is_hugetlb
 from hmmlab.model.machine import Machine, Routine, kernel
-from hmmlab.model.mm_types import VM_WRITE, Vma, vm_page_prot, vma_at
+from hmmlab.model.mm_types import VM_WRITE, Vma, vm_page_prot
 from hmmlab.model.mmu_notifier import (
     Event,
     MmuNotifierRange,
@@ -41,7 +39,12 @@ from hmmlab.model.mmu_notifier import (
     invalidate_range_start,
 )
 from hmmlab.model.page import PG_ANON, PG_DIRTY, PG_LOCKED, as_rows, frames_of, page_rows, set_flags
-from hmmlab.model.rmap import page_add_anon_rmap, page_remove_rmap, rmap_walk
+from hmmlab.model.rmap import (
+    huge_page_mappings,
+    page_add_anon_rmap,
+    page_remove_rmap,
+    rmap_walk,
+)
 from hmmlab.model.state import Rows, row_numbers, unique_rows
 
 __all__ = ["make_device_exclusive", "remove_device_exclusive_entries", "restore_exclusive_ptes"]
@@ -89,19 +92,14 @@ def _make_huge_exclusive(
     pfns = frames_of(np.array([head]))
     pfns = pfns[machine["page.compound"][pfns] == head]
     found = rmap_walk(machine, pfns)
-    index, valid = int(machine["page.index"][head]), False
-    for row in find_vmas_of_anon_vma(machine, int(machine["page.mapping"][head])):
-        vma = vma_at(machine, row)
-        low = max(index - vma.pgoff_of(0), vma.start)
-        high = min(index + PMD_PAGES - vma.pgoff_of(0), vma.end)
-        if low >= high:
-            continue
+    valid = False
+    for vma, low, high in huge_page_mappings(machine, pfns):
         order = np.array([vpn])
         range = MmuNotifierRange.one(
-            vma.mm, Event.EXCLUSIVE, low, high, owner=owner, vma=row, order=order
+            vma.mm, Event.EXCLUSIVE, low, high, owner=owner, vma=vma.row, order=order
         )
         yield from invalidate_range_start(machine, range)
-        place = found.only(found.maps & (found.vma == row))
+        place = found.only(found.maps & (found.vma == vma.row))
         present = np.logical_and.accumulate(is_present(machine["pte"][place.row]))
         mine = place.only(present)
         writable = _name_as_exclusive(machine, pfns[mine.which], mine.row)

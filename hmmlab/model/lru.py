@@ -48,9 +48,10 @@ def folio_add_lru(
     """Let frames be on the LRU lists, and have ``flags``; a ``huge`` page does not wait for it."""
     set_flags(machine, pfns, PG_LRU | flags, rows=rows)
     if machine.observed:
-        waiting = np.concatenate([_new(machine), pfns])
-        full = waiting.size if huge else waiting.size // _BATCH * _BATCH
-        machine.objects["lru.add"] = {0: waiting[full:]}
+        before = _new(machine)
+        rest = 0 if huge else (before.size + pfns.size) % _BATCH
+        last = np.concatenate([before, pfns[-_BATCH:]])
+        machine.objects["lru.add"] = {0: last[last.size - rest :]}
 
 
 def off_lru(machine: Machine, pfns: Pfns) -> Bools:
@@ -62,7 +63,7 @@ def off_lru(machine: Machine, pfns: Pfns) -> Bools:
 def drain_new(machine: Machine) -> None:
     """Let what is only heard be heard: new pages are on their lists now."""
     machine.called("lru_add_drain")
-    machine.objects.pop("lru.add", None)
+    fill_new(machine)
 
 
 def fill_new(machine: Machine) -> None:
@@ -103,7 +104,7 @@ def lru_add_drain_all(machine: Machine) -> None:
 
 
 def _drain(machine: Machine) -> None:
-    machine.objects.pop("lru.add", None)
+    fill_new(machine)
     waiting = _waiting(machine)
     if waiting.size:
         _wait(machine, waiting[:0])

@@ -132,11 +132,6 @@ class MigrateVma:
         return (self.src & np.uint64(MIGRATE_PFN_VALID)) != 0
 
     @property
-    def writable(self) -> Bools:
-        """Which entries of ``src`` were writable."""
-        return (self.src & np.uint64(MIGRATE_PFN_WRITE)) != 0
-
-    @property
     def src_pfns(self) -> Pfns:
         """Frame of each entry of ``src``; 0 where it names none."""
         return migrate_pfn_to_pfn(self.src)

@@ -15,7 +15,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hmmlab.model.alike import alike, all_of, any_of, some
-from hmmlab.model.anon_vma import find_vmas_of_anon_vma
 from hmmlab.model.entry import (
     ACCESSED,
     DIRTY,
@@ -66,6 +65,7 @@ from hmmlab.model.page_ref import get_page, put_page
 from hmmlab.model.page_table import huge_blocks
 from hmmlab.model.rmap import (
     Mappings,
+    huge_page_mappings,
     page_add_anon_rmap,
     page_add_file_rmap,
     page_remove_rmap,
@@ -261,7 +261,7 @@ def split_huge_page(machine: Machine, head: int) -> Routine[bool]:
         yield machine.step("Somebody holds the huge page: it cannot be split.")
         return False
     get_page(machine, pfns)
-    yield from _freeze_huge_page(machine, head, pfns)
+    yield from _freeze_huge_page(machine, pfns)
     machine.write("page.compound", as_rows(pfns), 0)
     remove_migration_ptes(machine, pfns, pfns)
     machine.called("remove_migration_ptes", PMD_PAGES - pfns.size)  # of what nobody maps
@@ -272,23 +272,16 @@ def split_huge_page(machine: Machine, head: int) -> Routine[bool]:
 
 
 @kernel("mm/rmap.c", "try_to_migrate")
-def _freeze_huge_page(machine: Machine, head: int, pfns: Pfns) -> Routine[None]:
+def _freeze_huge_page(machine: Machine, pfns: Pfns) -> Routine[None]:
     """Freeze all that maps ``pfns``, the frames of a huge page: PMD words as they are split."""
     found = rmap_walk(machine, pfns)
-    one = int(pfns[0])
-    low = int(machine["page.index"][one]) - (one - head)
-    for vma_row in find_vmas_of_anon_vma(machine, int(machine["page.mapping"][one])):
-        vma = vma_at(machine, vma_row)
-        first = max(low - vma.pgoff_of(0), vma.start)
-        last = min(low + PMD_PAGES - vma.pgoff_of(0), vma.end)
-        if first >= last:
-            continue
+    for vma, first, last in huge_page_mappings(machine, pfns):
         if not (machine["page.mapcount"][pfns] > 0).any():
             break
         huge = huge_blocks(machine, mm_root(machine, vma.mm), np.array([first]))[0]
         yield from split_huge_pmds_at(machine, vma, first, freeze=True)
-        range = MmuNotifierRange.one(vma.mm, Event.CLEAR, first, last, vma=vma_row)
+        range = MmuNotifierRange.one(vma.mm, Event.CLEAR, first, last, vma=vma.row)
         yield from invalidate_range_start(machine, range)
-        place = found.only(found.vma == vma_row)
+        place = found.only(found.vma == vma.row)
         _freeze_mapped(machine, pfns, place, calls=0 if huge else None)
         yield from invalidate_range_end(machine, range)

@@ -45,6 +45,7 @@ from hmmlab.model.state import Rows, State, unique_rows
 
 __all__ = [
     "Mappings",
+    "huge_page_mappings",
     "hugepage_add_new_anon_rmap",
     "ksm_migrate_page",
     "page_add_anon_rmap",
@@ -255,6 +256,21 @@ def rmap_walk(state: State, pfns: Pfns) -> Mappings:
         maps[visits] = False
         maps[visits[np.unique(pairs, axis=1, return_index=True)[1]]] = True
     return Mappings(which, vmas, vpns, words, maps, ranks)
+
+
+def huge_page_mappings(state: State, pfns: Pfns) -> Iterator[tuple[Vma, int, int]]:
+    """Mappings that may hold a huge page, of whose frames ``pfns`` are in use.
+
+    In the order of visits, each with the first page of its part, and the page past the last.
+    """
+    one = int(pfns[0])
+    low = int(state["page.index"][one]) - (one - int(state["page.compound"][one]))
+    for row in find_vmas_of_anon_vma(state, int(state["page.mapping"][one])):
+        vma = vma_at(state, row)
+        first = max(low - vma.pgoff_of(0), vma.start)
+        last = min(low + PMD_PAGES - vma.pgoff_of(0), vma.end)
+        if first < last:
+            yield vma, first, last
 
 
 def _places_of_merged(state: State, number: int, node: int) -> tuple[NDArray[np.int64], ...]:
