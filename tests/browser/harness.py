@@ -107,7 +107,7 @@ def watched_page(
     context.on("request", on_request)
     context.on("page", on_page)
     context.on("console", on_console)
-    context.on("weberror", lambda error: complaints.append(f"uncaught: {error.error}"))
+    context.on("weberror", lambda error: complaints.append(f"uncaught: {error.error.stack}"))
     try:
         if home.query:
             context.request.get(address)  # leaves the token's cookie
@@ -189,13 +189,20 @@ def menu(page: Page, *path: str) -> None:
 
 
 def theme(page: Page, name: str) -> None:
-    """Give the lab its "light" or "dark" theme."""
+    """Give the lab its "light" or "dark" theme.
+
+    The lab fades a splash screen out at its start and after each theme; a theme that comes while
+    one fades makes it take the same screen away twice, which it answers with an exception.
+    """
+    splash = page.locator("#jupyterlab-splash")
+    splash.wait_for(state="detached")
     page.evaluate(
         "name => window.jupyterapp.commands.execute('apputils:change-theme', {theme: name})",
         f"JupyterLab {name.title()}",
     )
     light = "true" if name == "light" else "false"
     page.locator(f"body[data-jp-theme-light={light}]").wait_for(state="attached")
+    splash.wait_for(state="detached")
 
 
 def hide_sidebar(page: Page) -> None:

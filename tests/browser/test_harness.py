@@ -2,7 +2,7 @@
 
 import pytest
 
-from harness import watched_page
+from harness import open_notebook, theme, watched_page
 
 HOME = "http://127.0.0.1:9/"
 
@@ -31,3 +31,9 @@ def test_what_is_excused_passes(browser):
     with watched_page(browser, HOME, lambda request: "icons" in request.url) as page:
         page.set_content("<link rel='stylesheet' href='http://cdn.example/icons.css'>")
         page.wait_for_load_state("networkidle")
+
+
+def test_themes_may_follow_each_other_at_once(page):
+    open_notebook(page, "index")
+    for name in ("dark", "light", "dark"):
+        theme(page, name)
