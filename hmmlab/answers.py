@@ -15,7 +15,7 @@ from hmmlab.model.memory import Faults
 from hmmlab.model.mmu_notifier import EVERYTHING, MmuNotifierRange
 from hmmlab.model.process import Process
 from hmmlab.model.region import REGION_PAGES
-from hmmlab.model.state import Rows
+from hmmlab.model.rows import Rows
 from hmmlab.model.trace import Step
 
 __all__ = ["Heard", "Known"]

@@ -9,7 +9,7 @@ from hmmlab.exercises.rules import Trial
 from hmmlab.model.driver import Driver
 from hmmlab.model.machine import Machine, Steps
 from hmmlab.model.mmu_notifier import MmuNotifierRange, mmu_interval_set_seq
-from hmmlab.model.state import Rows
+from hmmlab.model.rows import Rows
 
 __all__ = ["LockWatch", "Subscriber", "WriteWatch", "interrupt", "locked_out"]
 

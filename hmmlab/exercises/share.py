@@ -15,7 +15,7 @@ from hmmlab.model.geometry import PAGE_SIZE
 from hmmlab.model.machine import KernelError
 from hmmlab.model.process import Process
 from hmmlab.model.region import Pages
-from hmmlab.model.state import row_numbers, unique_rows
+from hmmlab.model.rows import row_numbers, unique_rows
 from hmmlab.model.trace import Operation, Trace
 
 __all__ = ["BytesThatMove", "Permission", "Repoint", "WhatTheDeviceKnows", "copied_bytes"]

@@ -50,10 +50,10 @@ from hmmlab.model.mm_types import (
     vma_at,
     vma_lookup,
 )
-from hmmlab.model.page import PG_DIRTY, as_rows, pfn_to_page, set_flags
+from hmmlab.model.page import PG_DIRTY, pfn_to_page, set_flags
 from hmmlab.model.page_ref import get_page
 from hmmlab.model.page_table import huge_blocks, read_range, rows_of_range, walk
-from hmmlab.model.state import unique_rows
+from hmmlab.model.rows import as_rows, unique_rows
 
 __all__ = [
     "SIGBUS",

@@ -14,15 +14,11 @@ from numpy.typing import NDArray
 __all__ = ["alike", "all_of", "any_of", "how_many", "part_of", "rows_where", "some"]
 
 
-#: What ``values.all()`` comes to, without its detour.
-_every = np.logical_and.reduce
-
-
 def alike(values: NDArray[Any]) -> NDArray[Any]:
     """``values``, of shape (n,), or where all are equal the first of them, of shape (1,)."""
     if values.size > 1 and values[0] == values[-1]:
         upwards = values if values.strides[0] > 0 else values[::-1]  # which is twice as fast
-        if _every(upwards == values[0]):
+        if np.count_nonzero(upwards == values[0]) == values.size:
             return values[:1].copy()
     return values
 
@@ -37,7 +33,7 @@ def any_of(values: NDArray[Any]) -> bool:
 
 def all_of(values: NDArray[Any]) -> bool:
     """Whether all of ``values``, of shape (n,) or one for all, are True, or not zero."""
-    return bool(values[0]) if values.size == 1 else bool(values.all())
+    return bool(values[0]) if values.size == 1 else bool(np.count_nonzero(values) == values.size)
 
 
 def how_many(mask: NDArray[np.bool_], size: int) -> int:

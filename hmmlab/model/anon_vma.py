@@ -53,8 +53,8 @@ def find_vmas_of_anon_vma(state: State, anon_vma: int) -> list[int]:
 
 def anon_vma_chain(state: State, vma: Vma) -> np.ndarray:
     """Rows of the mapping's links, oldest first."""
-    links = np.flatnonzero(state["avc.vma"] == vma.row)
-    return links[np.argsort(state["avc.age"][links])]
+    links = (state["avc.vma"] == vma.row).nonzero()[0]
+    return links[state["avc.age"][links].argsort()] if links.size > 1 else links
 
 
 def is_singular(state: State, vma: Vma) -> bool:
@@ -97,8 +97,12 @@ def unlink_anon_vmas(machine: Machine, vma: Vma) -> None:
         left = machine["avc.anon_vma"][links].copy()
         for column in ("vma", "anon_vma", "age", "order"):
             machine.write(f"avc.{column}", links, 0)
-        empty = left[~np.isin(left, machine["avc.anon_vma"])]
-        machine.add("anon_vma.children", machine["anon_vma.parent"][empty].astype(np.int64), -1)
+        used = machine["avc.anon_vma"]
+        used = used[used.nonzero()[0]]
+        empty = left[~(left[:, None] == used).any(axis=1)]
+        if empty.size:
+            parents = machine["anon_vma.parent"][empty].astype(np.int64)
+            machine.add("anon_vma.children", parents, -1)
     if vma.anon_vma:
         machine.add("anon_vma.active", vma.anon_vma, -1)
         machine.write("vma.anon_vma", vma.row, 0)

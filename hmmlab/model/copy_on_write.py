@@ -38,7 +38,6 @@ from hmmlab.model.page import (
     PG_DIRTY,
     PG_KSM,
     ZERO_PFN,
-    as_rows,
     frames_of,
     is_zone_device,
     pfn_to_page,
@@ -48,7 +47,7 @@ from hmmlab.model.page import (
 from hmmlab.model.page_alloc import alloc_pages
 from hmmlab.model.page_ref import put_page
 from hmmlab.model.rmap import page_add_new_anon_rmap, page_remove_rmap
-from hmmlab.model.state import Rows, unique_rows
+from hmmlab.model.rows import Rows, as_rows, unique_rows
 from hmmlab.model.swap import free_swap_cache, give_up_swap
 from hmmlab.model.tlb import ptep_clear_flush_notify
 

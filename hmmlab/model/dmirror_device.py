@@ -35,9 +35,10 @@ from hmmlab.model.memremap import (
 from hmmlab.model.migrate import migrate_device_finalize, migrate_device_pages, migrate_device_range
 from hmmlab.model.migrate_vma import MigrateVma
 from hmmlab.model.mm_types import Vma
-from hmmlab.model.page import PG_LOCKED, as_rows, page_rows, pfn_to_page, set_flags
+from hmmlab.model.page import PG_LOCKED, page_rows, pfn_to_page, set_flags
 from hmmlab.model.page_alloc import alloc_pages
 from hmmlab.model.page_ref import put_page
+from hmmlab.model.rows import as_rows
 
 if TYPE_CHECKING:
     from hmmlab.model.test_hmm import Dmirror

@@ -11,7 +11,8 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from hmmlab.model.state import Rows, State, unique_rows
+from hmmlab.model.rows import Rows, ascend, descend, unique_rows
+from hmmlab.model.state import State
 from hmmlab.model.trace import Observer, Trace
 
 __all__ = ["Door"]
@@ -58,9 +59,9 @@ class Door(State):
     # --- changing ---------------------------------------------------------------------------------
     def write(self, column: str, rows: Rows, values: Any) -> None:
         """Set ``rows`` (unique) of ``column`` to ``values``. The only way to change a column."""
-        array = self._columns[column].reserve(rows)
+        array = self.reserve(column, rows)
         if not self._observers:
-            array[_upwards(rows, values)] = values
+            array[_upwards(rows, values) if type(rows) is slice and rows.step else rows] = values
             return
         old = _kept(array[rows])
         array[rows] = values
@@ -68,7 +69,7 @@ class Door(State):
 
     def add(self, column: str, rows: Rows, delta: Any) -> None:
         """Add ``delta`` to ``rows`` of ``column``, once for each time that a row stands there."""
-        array = self._columns[column].reserve(rows)
+        array = self.reserve(column, rows)
         if isinstance(rows, (slice, int, np.integer)):
             if self._observers:
                 self.write(column, rows, array[rows] + delta)
@@ -76,7 +77,7 @@ class Door(State):
                 array[_upwards(rows, delta)] += delta
             return
         amount = np.asarray(delta).astype(array.dtype)  # another dtype is two hundred times slower
-        if not amount.ndim and ((rows[1:] > rows[:-1]).all() or (rows[1:] < rows[:-1]).all()):
+        if not amount.ndim and (ascend(rows) or descend(rows)):
             self.write(column, rows, array[rows] + amount)
             return
         if not self._observers:
@@ -89,9 +90,9 @@ class Door(State):
 
     def take(self, column: str) -> int:
         """First row of ``column`` that is zero: a free place in a table of records."""
-        array = self[column]
-        free = np.flatnonzero(array[1:] == 0)
-        return int(free[0]) + 1 if free.size else int(array.size)
+        free = self[column][1:] == 0
+        first = int(free.argmax())
+        return 1 + (first if free[first] else free.size)
 
     # --- who listens ------------------------------------------------------------------------------
     def tell(self, what: str, *args: Any) -> None:

@@ -45,7 +45,7 @@ from hmmlab.model.mmu_notifier import (
     mmu_interval_set_seq,
 )
 from hmmlab.model.operation import StepsOf, operation
-from hmmlab.model.page import as_rows, pfn_to_page
+from hmmlab.model.page import pfn_to_page
 from hmmlab.model.page_table import (
     alloc_tables,
     free_pgtables,
@@ -56,6 +56,7 @@ from hmmlab.model.page_table import (
     walk,
 )
 from hmmlab.model.region import Pages
+from hmmlab.model.rows import as_rows
 
 if TYPE_CHECKING:
     from hmmlab.model.process import Process

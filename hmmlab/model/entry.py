@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from hmmlab.model.alike import alike, some
 from hmmlab.model.geometry import MAX_PHYSMEM_BITS, PAGE_SHIFT
+from hmmlab.model.rows import ascend, descend
 
 __all__ = [
     "ACCESSED",
@@ -321,7 +322,7 @@ def repeats_device_private(words: Words, marks: Words) -> Bools:
     """
     mine = is_device_private(marks)
     pfns = swap_offset_pfn(some(words, mine))
-    if (pfns[1:] > pfns[:-1]).all() or (pfns[1:] < pfns[:-1]).all():
+    if ascend(pfns) or descend(pfns):
         return np.array([False])
     found = np.zeros(words.size, np.bool_)
     private = np.flatnonzero(np.broadcast_to(mine, words.shape))

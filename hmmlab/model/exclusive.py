@@ -38,14 +38,14 @@ from hmmlab.model.mmu_notifier import (
     invalidate_range_end,
     invalidate_range_start,
 )
-from hmmlab.model.page import PG_ANON, PG_DIRTY, PG_LOCKED, as_rows, frames_of, page_rows, set_flags
+from hmmlab.model.page import PG_ANON, PG_DIRTY, PG_LOCKED, frames_of, page_rows, set_flags
 from hmmlab.model.rmap import (
     huge_page_mappings,
     page_add_anon_rmap,
     page_remove_rmap,
     rmap_walk,
 )
-from hmmlab.model.state import Rows, row_numbers, unique_rows
+from hmmlab.model.rows import Rows, as_rows, row_numbers, unique_rows
 
 __all__ = ["make_device_exclusive", "remove_device_exclusive_entries", "restore_exclusive_ptes"]
 

@@ -14,10 +14,11 @@ import numpy as np
 from hmmlab.model.entry import Pfns, Words
 from hmmlab.model.lru import folio_add_lru, lru_add_drain
 from hmmlab.model.machine import Machine
-from hmmlab.model.page import PG_DIRTY, PG_SWAPBACKED, as_rows, set_flags
+from hmmlab.model.page import PG_DIRTY, PG_SWAPBACKED, set_flags
 from hmmlab.model.page_alloc import alloc_pages
 from hmmlab.model.page_ref import get_page, put_page
-from hmmlab.model.state import Rows, State
+from hmmlab.model.rows import Rows, as_rows
+from hmmlab.model.state import State
 from hmmlab.model.swap import (
     delete_from_swap_cache,
     free_swap_and_cache,

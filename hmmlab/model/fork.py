@@ -66,18 +66,12 @@ from hmmlab.model.mmu_notifier import (
     invalidate_range_end,
     invalidate_range_start,
 )
-from hmmlab.model.page import (
-    PG_ANON_EXCLUSIVE,
-    as_rows,
-    folio_maybe_dma_pinned,
-    page_rows,
-    pfn_to_page,
-)
+from hmmlab.model.page import PG_ANON_EXCLUSIVE, folio_maybe_dma_pinned, page_rows, pfn_to_page
 from hmmlab.model.page_alloc import alloc_pages
 from hmmlab.model.page_ref import get_page
 from hmmlab.model.page_table import alloc_tables, rows_of, set_huge, walk
 from hmmlab.model.rmap import page_add_new_anon_rmap, page_dup_rmap
-from hmmlab.model.state import Rows, row_numbers
+from hmmlab.model.rows import Rows, as_rows, row_numbers
 from hmmlab.model.swap import swap_duplicate
 from hmmlab.model.tlb import flush_tlb
 from hmmlab.model.vma import insert_after, vm_area_dup

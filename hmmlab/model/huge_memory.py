@@ -47,15 +47,7 @@ from hmmlab.model.mmu_notifier import (
     invalidate_range_end,
     invalidate_range_start,
 )
-from hmmlab.model.page import (
-    PG_ANON_EXCLUSIVE,
-    PG_DIRTY,
-    ZERO_PFN,
-    as_rows,
-    frames_of,
-    page_rows,
-    set_flags,
-)
+from hmmlab.model.page import PG_ANON_EXCLUSIVE, PG_DIRTY, ZERO_PFN, frames_of, page_rows, set_flags
 from hmmlab.model.page_alloc import alloc_huge_pages
 from hmmlab.model.page_table import (
     alloc_tables,
@@ -66,6 +58,7 @@ from hmmlab.model.page_table import (
     table_of,
 )
 from hmmlab.model.rmap import page_add_new_anon_rmap
+from hmmlab.model.rows import as_rows
 
 __all__ = [
     "do_huge_pmd_anonymous_pages",

@@ -40,13 +40,7 @@ from hmmlab.model.mmu_notifier import (
     invalidate_range_end,
     invalidate_range_start,
 )
-from hmmlab.model.page import (
-    PG_ANON_EXCLUSIVE,
-    as_rows,
-    folio_maybe_dma_pinned,
-    frames_of,
-    set_flags,
-)
+from hmmlab.model.page import PG_ANON_EXCLUSIVE, folio_maybe_dma_pinned, frames_of, set_flags
 from hmmlab.model.page_alloc import alloc_huge_pages, node_of
 from hmmlab.model.page_ref import get_page, put_page
 from hmmlab.model.page_table import (
@@ -58,6 +52,7 @@ from hmmlab.model.page_table import (
     walk,
 )
 from hmmlab.model.rmap import hugepage_add_new_anon_rmap, page_dup_rmap, page_remove_rmap
+from hmmlab.model.rows import as_rows
 from hmmlab.model.state import State
 from hmmlab.model.tlb import MmuGather, ptep_clear_flush_notify
 

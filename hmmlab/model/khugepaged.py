@@ -44,11 +44,12 @@ from hmmlab.model.mmu_notifier import (
     invalidate_range_end,
     invalidate_range_start,
 )
-from hmmlab.model.page import as_rows, frames_of, is_zone_device, page_rows
+from hmmlab.model.page import frames_of, is_zone_device, page_rows
 from hmmlab.model.page_alloc import alloc_huge_pages
 from hmmlab.model.page_ref import put_page
 from hmmlab.model.page_table import has_table, huge_blocks, rows_of_range, set_huge, table_of
 from hmmlab.model.rmap import page_add_new_anon_rmap, page_remove_rmap
+from hmmlab.model.rows import as_rows
 from hmmlab.model.swap import free_swap_cache
 from hmmlab.model.swap_fault import do_swap_page
 from hmmlab.model.tlb import flush_tlb

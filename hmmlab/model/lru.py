@@ -23,7 +23,7 @@ from hmmlab.model.page import (
     set_flags,
 )
 from hmmlab.model.page_ref import get_page, put_page
-from hmmlab.model.state import Rows, unique_rows
+from hmmlab.model.rows import Rows, unique_rows
 
 __all__ = [
     "drain_new",

@@ -389,8 +389,10 @@ class Machine(Door):
     # --- locks ------------------------------------------------------------------------------------
     def new_lock(self, name: str) -> int:
         """A lock that nobody holds."""
+        lock = len(self._lock_names)
         self._lock_names.append(name)
-        return len(self._lock_names) - 1
+        self.reserve("lock.writer", lock)
+        return lock
 
     def holders(self, lock: int) -> tuple[bool, int]:
         """Whether a writer holds the lock, and how many readers do."""

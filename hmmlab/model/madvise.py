@@ -51,17 +51,9 @@ from hmmlab.model.mmu_notifier import (
     invalidate_range_end,
     invalidate_range_start,
 )
-from hmmlab.model.page import (
-    PG_DIRTY,
-    PG_LRU,
-    as_rows,
-    frames_of,
-    is_zone_device,
-    page_rows,
-    set_flags,
-)
+from hmmlab.model.page import PG_DIRTY, PG_LRU, frames_of, is_zone_device, page_rows, set_flags
 from hmmlab.model.page_table import huge_blocks, walk
-from hmmlab.model.state import unique_rows
+from hmmlab.model.rows import as_rows, unique_rows
 from hmmlab.model.swap import folio_free_swap, free_swap_and_cache
 from hmmlab.model.tlb import MmuGather, flush_tlb
 from hmmlab.model.vmscan import reclaim_pages

@@ -51,20 +51,12 @@ from hmmlab.model.machine import KernelError, Machine, Routine, kernel
 from hmmlab.model.memremap import of_pagemap
 from hmmlab.model.mm_types import VM_HUGETLB, VM_SHARED, Vma, mm_root, vm_page_prot, vma_at
 from hmmlab.model.mmu_notifier import mm_has_notifiers
-from hmmlab.model.page import (
-    PG_DIRTY,
-    ZERO_PFN,
-    as_rows,
-    page_rows,
-    pfn_to_page,
-    set_flags,
-    some_rows,
-)
+from hmmlab.model.page import PG_DIRTY, ZERO_PFN, page_rows, pfn_to_page, set_flags, some_rows
 from hmmlab.model.page_alloc import alloc_pages
 from hmmlab.model.page_ref import get_page
 from hmmlab.model.page_table import alloc_tables, huge_blocks, read_range, rows_of, rows_of_range
 from hmmlab.model.rmap import page_add_file_rmap, page_add_new_anon_rmap
-from hmmlab.model.state import Rows, row_numbers, unique_rows
+from hmmlab.model.rows import Rows, as_rows, row_numbers, unique_rows
 from hmmlab.model.swap_fault import do_swap_page
 
 __all__ = [

@@ -15,8 +15,9 @@ from hmmlab.model.alike import some
 from hmmlab.model.entry import Bools, Pfns
 from hmmlab.model.geometry import SECTION_PAGES
 from hmmlab.model.machine import KernelError, Machine
-from hmmlab.model.page import PAGE_COLUMNS, PHYSICAL_PAGES
-from hmmlab.model.state import Rows, State, unique_rows
+from hmmlab.model.page import PHYSICAL_PAGES
+from hmmlab.model.rows import Rows, unique_rows
+from hmmlab.model.state import State
 
 __all__ = [
     "MEMORY_DEVICE_COHERENT",
@@ -95,8 +96,7 @@ def memremap_pages(
     machine.write("pagemap.type", pagemap, kind)
     machine.write("section.pagemap", _sections(first, first + pages), pagemap)
     last_row = machine.ram_pages + PHYSICAL_PAGES - 1 - first
-    for column in PAGE_COLUMNS:
-        machine.reserve(f"page.{column}", last_row)
+    machine.reserve("page.refcount", last_row)
     machine.objects.setdefault("pagemap", {})[pagemap] = ops
     return pagemap
 

@@ -56,7 +56,6 @@ from hmmlab.model.page import (
     PG_LOCKED,
     PG_LRU,
     ZERO_PFN,
-    as_rows,
     is_zone_device,
     page_mapping,
     page_rows,
@@ -68,7 +67,7 @@ from hmmlab.model.page_alloc import alloc_pages
 from hmmlab.model.page_ref import get_page, put_page
 from hmmlab.model.page_table import alloc_tables, rows_of
 from hmmlab.model.rmap import ksm_migrate_page, page_add_new_anon_rmap
-from hmmlab.model.state import row_numbers
+from hmmlab.model.rows import as_rows, row_numbers
 
 __all__ = [
     "migrate_device_coherent_pages",

@@ -51,7 +51,7 @@ from hmmlab.model.page import (
 )
 from hmmlab.model.page_alloc import free_ram
 from hmmlab.model.page_table import read_range, rows_of, walk
-from hmmlab.model.state import Rows, are_unique
+from hmmlab.model.rows import Rows, are_unique
 from hmmlab.model.tlb import flush_tlb
 
 __all__ = [

@@ -55,7 +55,6 @@ from hmmlab.model.page import (
     PG_ANON_EXCLUSIVE,
     PG_DIRTY,
     PG_LOCKED,
-    as_rows,
     frames_of,
     page_rows,
     pfn_to_page,
@@ -71,7 +70,7 @@ from hmmlab.model.rmap import (
     page_remove_rmap,
     rmap_walk,
 )
-from hmmlab.model.state import Rows, row_numbers, unique_rows
+from hmmlab.model.rows import Rows, as_rows, row_numbers, unique_rows
 from hmmlab.model.tlb import pte_accessible
 
 __all__ = ["Places", "freeze", "remove_migration_ptes", "split_huge_page", "try_to_migrate"]

@@ -230,19 +230,19 @@ def vma_at(state: State, row: int) -> Vma:
     """A look at the VMA in ``row``."""
     return Vma(
         row,
-        int(state["vma.mm"][row]),
-        int(state["vma.start"][row]),
-        int(state["vma.end"][row]),
-        int(state["vma.flags"][row]),
-        int(state["vma.pgoff"][row]),
-        int(state["vma.anon_vma"][row]),
-        int(state["vma.file"][row]),
+        state["vma.mm"].item(row),
+        state["vma.start"].item(row),
+        state["vma.end"].item(row),
+        state["vma.flags"].item(row),
+        state["vma.pgoff"].item(row),
+        state["vma.anon_vma"].item(row),
+        state["vma.file"].item(row),
     )
 
 
 def _sorted_rows(state: State, mm: int) -> np.ndarray:
-    rows = np.flatnonzero(state["vma.mm"] == mm) if mm else np.zeros(0, np.int64)
-    return rows[np.argsort(state["vma.start"][rows])]
+    rows = (state["vma.mm"] == mm).nonzero()[0] if mm else np.zeros(0, np.int64)
+    return rows[state["vma.start"][rows].argsort()] if rows.size > 1 else rows
 
 
 def vmas_of(state: State, mm: int) -> list[Vma]:
@@ -260,7 +260,7 @@ def vmas_in(state: State, mm: int, start: int, stop: int) -> Iterator[Vma]:
 def find_vma_prev(state: State, mm: int, vpn: int) -> tuple[Vma | None, Vma | None]:
     """The first mapping that ends above ``vpn``, and the one before it."""
     rows = _sorted_rows(state, mm)
-    at = int(np.searchsorted(state["vma.end"][rows], vpn, "right"))
+    at = int(state["vma.end"][rows].searchsorted(vpn, "right"))
     found = vma_at(state, int(rows[at])) if at < rows.size else None
     return found, vma_at(state, int(rows[at - 1])) if at else None
 

@@ -19,7 +19,6 @@ from hmmlab.model.page import (
     PG_ANON_EXCLUSIVE,
     PG_LOCKED,
     PG_LRU,
-    as_rows,
     frames_of,
     is_zone_device,
     page_mapping,
@@ -30,6 +29,7 @@ from hmmlab.model.page_alloc import alloc_huge_pages, alloc_pages, node_of
 from hmmlab.model.page_ref import get_page, put_page
 from hmmlab.model.page_table import read_range
 from hmmlab.model.rmap import ksm_migrate_page
+from hmmlab.model.rows import as_rows
 from hmmlab.model.swap import replace_in_swap_cache
 
 __all__ = ["sys_move_pages"]

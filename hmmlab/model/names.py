@@ -5,9 +5,18 @@ They are no state of the machine, which knows numbers only; whoever reads it sha
 
 from __future__ import annotations
 
+from collections.abc import Container
+from itertools import count, product
+from string import ascii_uppercase
 from typing import Protocol
 
-__all__ = ["Names"]
+__all__ = ["Names", "free_name"]
+
+
+def free_name(used: Container[str]) -> str:
+    """The first of A, B, ... Z, AA, AB, ... that is not in ``used``."""
+    names = ("".join(name) for size in count(1) for name in product(ascii_uppercase, repeat=size))
+    return next(name for name in names if name not in used)
 
 
 class _Step(Protocol):
@@ -27,7 +36,7 @@ class Names:
     Attributes
     ----------
     regions
-        First page and page past the last of each named region, by (mm, name).
+        First page and page past the last of each named region, by address space and name.
     processes
         Names of address spaces by their number.
     files
@@ -35,23 +44,27 @@ class Names:
     """
 
     def __init__(self) -> None:
-        self.regions: dict[tuple[int, str], tuple[int, int]] = {}
+        self.regions: dict[int, dict[str, tuple[int, int]]] = {}
         self.processes: dict[int, str] = {}
         self.files: dict[int, str] = {}
 
     def learn(self, mm: int, name: str, start: int, stop: int) -> None:
         """Call the pages from ``start`` to ``stop`` of ``mm`` by a name; a longer range wins."""
-        old = self.regions.get((mm, name), (start, stop))
-        self.regions[mm, name] = (old[0], max(old[1], stop))
+        mine = self.regions.setdefault(mm, {})
+        first, last = mine.get(name, (start, stop))
+        mine[name] = (first, max(last, stop))
 
     def inherit(self, parent: int, child: int) -> None:
         """Let a child know the regions of its parent."""
-        for name, pages in self.of(parent).items():
-            self.regions[child, name] = pages
+        self.regions[child] = dict(self.of(parent))
+
+    def everywhere(self) -> list[str]:
+        """All names of regions, those of the oldest address space first."""
+        return list(dict.fromkeys(name for mine in self.regions.values() for name in mine))
 
     def of(self, mm: int) -> dict[str, tuple[int, int]]:
         """All names of one address space with their ranges."""
-        return {name: pages for (owner, name), pages in self.regions.items() if owner == mm}
+        return self.regions.get(mm, {})
 
     def place(self, mm: int, start: int, stop: int) -> str:
         """A range in words, such as ``A page 5`` or ``A pages 0 to 15``."""

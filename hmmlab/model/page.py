@@ -18,11 +18,11 @@ from hmmlab.model.alike import alike, all_of, any_of, some
 from hmmlab.model.entry import Bools, Pfns
 from hmmlab.model.geometry import MAX_PHYSMEM_BITS, PAGE_SHIFT, PMD_PAGES
 from hmmlab.model.machine import Machine
-from hmmlab.model.state import Rows, State, first_and_last, row_numbers
+from hmmlab.model.rows import Rows, as_rows, first_and_last, row_numbers
+from hmmlab.model.state import State
 
 __all__ = [
     "GUP_PIN_COUNTING_BIAS",
-    "PAGE_COLUMNS",
     "PAGE_FLAGS",
     "PG_ANON",
     "PG_ANON_EXCLUSIVE",
@@ -34,7 +34,6 @@ __all__ = [
     "PG_SWAPBACKED",
     "PHYSICAL_PAGES",
     "ZERO_PFN",
-    "as_rows",
     "folio_maybe_dma_pinned",
     "frames_of",
     "is_zone_device",
@@ -76,20 +75,6 @@ Machine.declare("page.swap", np.int64, "slot of a frame in the swap cache; 0 for
 Machine.declare("page.compound", np.int64, "first frame of the huge page; 0 for a page of its own")
 Machine.declare("page.private", np.int64, "zone_device_data: the driver's own word")
 
-#: The columns of ``struct page``.
-PAGE_COLUMNS = (
-    "refcount",
-    "mapcount",
-    "flags",
-    "content",
-    "mapping",
-    "index",
-    "swap",
-    "compound",
-    "private",
-)
-
-
 # --- frame numbers and rows -----------------------------------------------------------------------
 
 
@@ -101,21 +86,6 @@ def page_rows(state: State, pfns: Pfns) -> Pfns:
     if pfns.min() >= state.ram_pages:
         return device
     return np.where(pfns < state.ram_pages, pfns, device)
-
-
-def as_rows(rows: Pfns) -> Rows:
-    """``rows`` as a slice where they are contiguous, ascending or descending.
-
-    A row of a slice costs 0.1 to 0.3 ns to read or write, one of an index array 0.7 to 2.
-    """
-    if not rows.size:
-        return rows
-    first, last = int(rows[0]), int(rows[-1])
-    if last - first == rows.size - 1 and (rows[1:] > rows[:-1]).all():
-        return slice(first, last + 1)
-    if first - last == rows.size - 1 and last and (rows[1:] < rows[:-1]).all():
-        return slice(first, last - 1, -1)
-    return rows
 
 
 def some_rows(rows: Rows, mask: Bools) -> Rows:

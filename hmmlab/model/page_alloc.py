@@ -13,8 +13,9 @@ from hmmlab.model.alike import some
 from hmmlab.model.entry import Pfns
 from hmmlab.model.geometry import PMD_PAGES
 from hmmlab.model.machine import KernelError, Machine
-from hmmlab.model.page import ZERO_PFN, as_rows
-from hmmlab.model.state import Rows, State
+from hmmlab.model.page import ZERO_PFN
+from hmmlab.model.rows import Rows, as_rows
+from hmmlab.model.state import State
 
 __all__ = [
     "alloc_huge_pages",

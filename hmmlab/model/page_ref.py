@@ -13,7 +13,7 @@ from hmmlab.model.machine import Machine
 from hmmlab.model.memremap import free_zone_device_page
 from hmmlab.model.page import is_zone_device, pfn_to_page
 from hmmlab.model.page_alloc import free_pages
-from hmmlab.model.state import Rows, are_unique
+from hmmlab.model.rows import Rows, are_unique
 
 __all__ = ["get_page", "put_page"]
 

@@ -31,7 +31,8 @@ from hmmlab.model.geometry import (
     index,
 )
 from hmmlab.model.machine import Machine
-from hmmlab.model.state import Rows, State
+from hmmlab.model.rows import Rows
+from hmmlab.model.state import State
 
 __all__ = [
     "Run",

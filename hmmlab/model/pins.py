@@ -17,8 +17,9 @@ from hmmlab.model.filemap import device_file_of
 from hmmlab.model.machine import KernelError, Machine, Routine, kernel
 from hmmlab.model.migrate import migrate_device_coherent_pages
 from hmmlab.model.mm_types import mm_lock, vmas_in
-from hmmlab.model.page import GUP_PIN_COUNTING_BIAS, as_rows, is_zone_device, page_rows
+from hmmlab.model.page import GUP_PIN_COUNTING_BIAS, is_zone_device, page_rows
 from hmmlab.model.page_ref import put_page
+from hmmlab.model.rows import as_rows
 
 __all__ = ["pin_user_pages", "unpin_user_pages", "vmsplice", "vmsplice_end"]
 

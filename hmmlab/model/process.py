@@ -13,7 +13,6 @@ not happened yet.
 
 from __future__ import annotations
 
-from string import ascii_uppercase
 from typing import TypeVar
 
 import numpy as np
@@ -30,6 +29,7 @@ from hmmlab.model.mm_types import flags_of_prot, new_mm
 from hmmlab.model.mmap import KINDS, close_unmapped_files, exit_mmap, sys_mmap, sys_munmap
 from hmmlab.model.mprotect import sys_mprotect
 from hmmlab.model.mremap import sys_mremap
+from hmmlab.model.names import free_name
 from hmmlab.model.operation import StepsOf, operation
 from hmmlab.model.region import REGION_PAGES, REGION_START, Pages
 from hmmlab.model.task_mmu import clear_refs_soft_dirty, read_pagemap
@@ -95,10 +95,6 @@ class Process:
     def here(self, where: Pages) -> Pages:
         """The pages of this process that have the addresses of another's."""
         return Pages(where.name, self.mm, where.start, where.stop)
-
-    def _new_name(self) -> str:
-        letters = (a + b for a in ("", *ascii_uppercase) for b in ascii_uppercase)
-        return next(name for name in letters if name not in self.regions)
 
     def in_words(self, where: Pages) -> str:
         """``where`` as the scenario language has it: region, offset, pages.
@@ -227,7 +223,7 @@ class Process:
         if pages < 1:
             raise ValueError(f"mmap of {pages} pages; expected at least 1")
         flags_of_prot(prot)
-        where = self.region(name if name is not None else self._new_name(), pages)
+        where = self.region(name if name is not None else free_name(self.regions), pages)
         words = f"{kind} {device.name}" if device is not None else kind
         file = device.file if device is not None else 0
         return f"mmap {where.name} {pages} {prot} {words}", self._mapped(where, prot, kind, file)
@@ -297,7 +293,7 @@ class Process:
             EFAULT when they are not all in one mapping.
         """
         words = self.in_words(where)
-        to = self.region(name if name is not None else self._new_name(), len(where))
+        to = self.region(name if name is not None else free_name(self.regions), len(where))
         return f"mremap {words} {to.name}", self._moved(where, to)
 
     def _moved(self, where: Pages, to: Pages) -> Routine[Pages]:

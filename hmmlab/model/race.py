@@ -27,7 +27,8 @@ from typing import Any, Self
 import numpy as np
 
 from hmmlab.model.machine import Actor, KernelError, Machine, Steps
-from hmmlab.model.state import Rows, State, row_numbers
+from hmmlab.model.rows import Rows, row_numbers
+from hmmlab.model.state import State
 from hmmlab.model.trace import Step, Trace
 
 __all__ = ["Orders", "Race", "Run", "Turn"]

@@ -41,7 +41,8 @@ from hmmlab.model.page import (
     set_flags,
 )
 from hmmlab.model.page_table import walk, word_row
-from hmmlab.model.state import Rows, State, unique_rows
+from hmmlab.model.rows import Rows, unique_rows
+from hmmlab.model.state import State
 
 __all__ = [
     "Mappings",

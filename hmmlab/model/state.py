@@ -3,7 +3,8 @@
 A column is zero wherever nothing was ever written, and zero always means "absent": an empty
 page-table word, a free VMA row, an unlocked lock. So a column has no length that counts, its
 storage grows when a row beyond its end is written, and two states are equal when they agree on
-the blocks that either has touched.
+the blocks that either has touched. Columns of one table, which is what stands before the dot of
+their names, grow together: who finds a row in one may read it in all.
 """
 
 from __future__ import annotations
@@ -16,19 +17,9 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from hmmlab.model.names import Names
+from hmmlab.model.rows import Rows, first_and_last, unique_rows
 
-__all__ = [
-    "Rows",
-    "State",
-    "are_unique",
-    "first_and_last",
-    "row_numbers",
-    "unique_rows",
-]
-
-#: Rows of a column: a slice where they are contiguous, up or down, an int64 array otherwise, or
-#: one row.
-Rows = slice | NDArray[np.int64] | int
+__all__ = ["State"]
 
 _BLOCK_SHIFT = 12
 _BLOCK = 1 << _BLOCK_SHIFT
@@ -39,48 +30,6 @@ _LARGE = 1 << 18
 # given back (mallopt(3)). It starts at the size of the blocks in which long passes go, so that each
 # pass would ask the system for its arrays anew: a third of the time of a snapshot.
 np.empty(1 << 24, np.uint8)
-
-
-def first_and_last(rows: Rows) -> tuple[int, int]:
-    """Smallest row and largest row of ``rows``; ``(0, -1)`` when there are none."""
-    if isinstance(rows, slice):
-        if rows.step == -1:
-            return rows.stop + 1, rows.start
-        return rows.start or 0, rows.stop - 1
-    if isinstance(rows, (int, np.integer)):
-        return int(rows), int(rows)
-    if rows.size == 0:
-        return 0, -1
-    return int(rows.min()), int(rows.max())
-
-
-def row_numbers(rows: Rows) -> NDArray[np.int64]:
-    """``rows`` as an int64 array."""
-    if isinstance(rows, slice):
-        return np.arange(rows.start, rows.stop, rows.step or 1)
-    return np.atleast_1d(np.asarray(rows, np.int64))
-
-
-def are_unique(rows: NDArray[np.int64]) -> bool:
-    """Whether no row stands twice; ascending and descending rows are found so without sorting."""
-    if (rows[1:] > rows[:-1]).all() or (rows[1:] < rows[:-1]).all():
-        return True
-    return unique_rows(rows).size == rows.size
-
-
-def unique_rows(rows: NDArray[np.int64]) -> NDArray[np.int64]:
-    """The different ones of ``rows``, ascending.
-
-    Sorting takes 8 ns a row at a million; ``np.unique``, which hashes, takes 800.
-    """
-    if (rows[1:] > rows[:-1]).all():
-        return rows
-    if (rows[1:] < rows[:-1]).all():
-        return rows[::-1]
-    if (rows == rows[0]).all():
-        return rows[:1]
-    ordered = np.sort(rows)
-    return ordered[np.append(True, ordered[1:] != ordered[:-1])[: ordered.size]]
 
 
 def _zeros(rows: int, dtype: DTypeLike) -> NDArray[Any]:
@@ -105,15 +54,7 @@ class _Column:
         self.array: NDArray[Any] = _zeros(rows, dtype)
         self.touched = np.zeros(-(-rows // _BLOCK), np.bool_)
 
-    def reserve(self, rows: Rows) -> NDArray[Any]:
-        """Make room for ``rows`` and remember that their blocks may change; the array then."""
-        first, last = first_and_last(rows)
-        if last >= self.array.size:
-            self.resize(last + 1)
-        self.touched[first >> _BLOCK_SHIFT : (last >> _BLOCK_SHIFT) + 1] = True
-        return self.array
-
-    def resize(self, rows: int) -> None:
+    def grow(self, rows: int) -> None:
         size = max(2 * self.array.size, -(-rows // _BLOCK) * _BLOCK)
         grown = _Column(self.array.dtype, size)
         for part in self.parts():
@@ -204,11 +145,26 @@ class State(Mapping[str, NDArray[Any]]):
 
     def put(self, name: str, rows: Rows, values: Any) -> None:
         """Set ``rows`` of the column ``name``, with no record of it."""
-        self._columns[name].reserve(rows)[rows] = values
+        self.reserve(name, rows)[rows] = values
 
     def reserve(self, name: str, rows: Rows) -> NDArray[Any]:
-        """Make room for ``rows`` of the column ``name``, which are about to change."""
-        return self._columns[name].reserve(rows)
+        """Make room for ``rows`` of the column ``name``, which are about to change; its array."""
+        column = self._columns[name]
+        first, last = (rows, rows) if type(rows) is int else first_and_last(rows)
+        if last >= column.array.size:
+            self._grow(name, last + 1)
+        if first == last:
+            column.touched[first >> _BLOCK_SHIFT] = True
+        else:
+            column.touched[first >> _BLOCK_SHIFT : (last >> _BLOCK_SHIFT) + 1] = True
+        return column.array
+
+    def _grow(self, name: str, rows: int) -> None:
+        """Make room for ``rows`` rows in a column, and in the others of its table."""
+        table, dot, _ = name.partition(".")
+        for other, column in self._columns.items():
+            if other == name or (dot and other.startswith(table + dot)):
+                column.grow(rows)
 
     def copy(self) -> State:
         """A state of its own with the same values."""

@@ -19,14 +19,14 @@ from hmmlab.model.page import (
     PG_DIRTY,
     PG_READAHEAD,
     PG_SWAPBACKED,
-    as_rows,
     page_rows,
     pfn_to_page,
     set_flags,
 )
 from hmmlab.model.page_alloc import alloc_pages
 from hmmlab.model.page_ref import get_page, put_page
-from hmmlab.model.state import State, unique_rows
+from hmmlab.model.rows import as_rows, unique_rows
+from hmmlab.model.state import State
 
 __all__ = [
     "add_to_swap_cache",

@@ -34,12 +34,12 @@ from hmmlab.model.lru import folio_add_lru, lru_add_drain
 from hmmlab.model.machine import Machine, Routine, kernel
 from hmmlab.model.memremap import pagemap_of
 from hmmlab.model.mm_types import VM_LOCKED, VM_WRITE, Vma, mm_root, vm_page_prot
-from hmmlab.model.page import PG_SWAPBACKED, as_rows, pfn_to_page
+from hmmlab.model.page import PG_SWAPBACKED, pfn_to_page
 from hmmlab.model.page_alloc import alloc_pages
 from hmmlab.model.page_ref import get_page, put_page
 from hmmlab.model.page_table import read_range
 from hmmlab.model.rmap import page_add_anon_rmap
-from hmmlab.model.state import Rows, are_unique, row_numbers, unique_rows
+from hmmlab.model.rows import Rows, are_unique, as_rows, row_numbers, unique_rows
 from hmmlab.model.swap import (
     folio_free_swap,
     give_up_swap,

@@ -42,8 +42,9 @@ from hmmlab.model.mmu_notifier import (
     invalidate_range_end,
     invalidate_range_start,
 )
-from hmmlab.model.page import GUP_PIN_COUNTING_BIAS, PG_ANON, ZERO_PFN, as_rows, page_rows
+from hmmlab.model.page import GUP_PIN_COUNTING_BIAS, PG_ANON, ZERO_PFN, page_rows
 from hmmlab.model.page_table import read_range, walk
+from hmmlab.model.rows import as_rows
 from hmmlab.model.tlb import flush_tlb
 
 __all__ = [

@@ -51,7 +51,7 @@ from hmmlab.model.operation import operation
 from hmmlab.model.page import PG_LOCKED, pfn_to_page, set_flags
 from hmmlab.model.page_ref import put_page
 from hmmlab.model.region import Pages
-from hmmlab.model.state import row_numbers
+from hmmlab.model.rows import row_numbers
 from hmmlab.model.trace import Step
 
 __all__ = ["Dmirror"]

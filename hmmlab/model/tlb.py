@@ -25,7 +25,7 @@ from hmmlab.model.machine import BULK, Machine
 from hmmlab.model.mmu_notifier import mm_has_notifiers
 from hmmlab.model.page import pfn_to_page
 from hmmlab.model.page_ref import put_page
-from hmmlab.model.state import unique_rows
+from hmmlab.model.rows import unique_rows
 from hmmlab.model.swap import free_swap_cache
 
 __all__ = ["MmuGather", "flush_tlb", "pte_accessible", "ptep_clear_flush_notify"]

@@ -16,7 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hmmlab.model.names import Names
-from hmmlab.model.state import Rows, State, row_numbers, unique_rows
+from hmmlab.model.rows import Rows, row_numbers, unique_rows
+from hmmlab.model.state import State
 
 __all__ = ["Event", "Observer", "Operation", "Replay", "Step", "Trace", "Write"]
 

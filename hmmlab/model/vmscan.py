@@ -33,14 +33,13 @@ from hmmlab.model.page import (
     PG_ANON_EXCLUSIVE,
     PG_DIRTY,
     PG_SWAPBACKED,
-    as_rows,
     folio_maybe_dma_pinned,
     page_mapping,
     set_flags,
 )
 from hmmlab.model.page_ref import put_page
 from hmmlab.model.rmap import page_remove_rmap, rmap_walk
-from hmmlab.model.state import unique_rows
+from hmmlab.model.rows import as_rows, unique_rows
 from hmmlab.model.swap import (
     add_to_swap_cache,
     delete_from_swap_cache,

@@ -27,19 +27,11 @@ from hmmlab.model.huge_memory import split_huge_pmds_across
 from hmmlab.model.hugetlb import unmap_hugepage_range
 from hmmlab.model.machine import Machine, Routine, kernel
 from hmmlab.model.mm_types import VM_HUGETLB, Vma, mm_root
-from hmmlab.model.page import (
-    PG_ANON,
-    PG_DIRTY,
-    as_rows,
-    page_mapping,
-    page_rows,
-    pfn_to_page,
-    set_flags,
-)
+from hmmlab.model.page import PG_ANON, PG_DIRTY, page_mapping, page_rows, pfn_to_page, set_flags
 from hmmlab.model.page_ref import put_page
 from hmmlab.model.page_table import drop_table, walk
 from hmmlab.model.rmap import page_remove_rmap
-from hmmlab.model.state import Rows, first_and_last, unique_rows
+from hmmlab.model.rows import Rows, as_rows, first_and_last, unique_rows
 from hmmlab.model.swap import free_swap_and_cache
 from hmmlab.model.tlb import MmuGather
 

@@ -7,11 +7,11 @@ import os
 import signal
 from collections.abc import Callable
 from functools import partial
-from string import ascii_uppercase
 from typing import Any, Protocol
 
 import ipywidgets
 
+from hmmlab.model.names import free_name
 from hmmlab.model.state import State
 from hmmlab.model.trace import Trace
 from hmmlab.widgets import reading
@@ -137,7 +137,7 @@ class Controls(ipywidgets.VBox):
         return template.format(
             region=self.region.value, page=self.page.value, pages=self.pages.value,
             value=self.value.value, prot=self.prot.value, kind=self.kind.value,
-            device=self.device.value, new=self._free_name(),
+            device=self.device.value, new=free_name(self.session.trace.names.everywhere()),
         )  # fmt: skip
 
     def do(self, line: str) -> None:
@@ -167,14 +167,9 @@ class Controls(ipywidgets.VBox):
         self.do(self.line.value)
 
     # --- following --------------------------------------------------------------------------------
-    def _free_name(self) -> str:
-        used = {name for _, name in self.session.trace.names.regions}
-        letters = (name for name in ascii_uppercase if name not in used)
-        return next(letters, f"R{len(used)}")
-
     def _follow(self, change: Any = None) -> None:
         """Offer the regions and devices that are there at the end of the trace."""
-        regions = list(dict.fromkeys(name for _, name in self.session.trace.names.regions))
+        regions = self.session.trace.names.everywhere()
         _offer(self.region, regions)
         files = reading.device_files(self.session.machine)
         _offer(self.device, [label for _, label, _ in files])

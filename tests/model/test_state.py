@@ -4,8 +4,10 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hmmlab.invariants import violations
 from hmmlab.model.machine import Machine
-from hmmlab.model.state import State, first_and_last, unique_rows
+from hmmlab.model.process import Process
+from hmmlab.model.state import State
 
 ROWS = st.lists(st.integers(0, 50_000), min_size=1, max_size=30, unique=True)
 
@@ -36,16 +38,34 @@ def test_writing_zeros_is_no_difference(rows):
     assert one == two
 
 
-def test_first_and_last():
-    assert first_and_last(slice(3, 9)) == (3, 8)
-    assert first_and_last(np.array([5, 2, 9])) == (2, 9)
-    assert first_and_last(4) == (4, 4)
-    assert first_and_last(np.zeros(0, np.int64)) == (0, -1)
+def test_columns_of_one_table_grow_together():
+    columns = State({"page.a": np.int64, "page.b": np.uint8, "page": np.uint8, "pages": np.int8}, 4)
+    columns.put("page.b", 50_000, 1)
+    assert columns["page.a"][50_000] == 0 and columns["page.a"].size == columns["page.b"].size
+    assert columns["page"].size == columns["pages"].size < 50_000
+    assert columns.difference(State({n: c.dtype for n, c in columns.items()}, 4)).keys() == {
+        "page.b"
+    }
 
 
-@given(st.lists(st.integers(-5, 5)))
-def test_unique_rows(rows):
-    assert unique_rows(np.array(rows, np.int64)).tolist() == sorted(set(rows))
+def test_a_machine_outlives_thousands_of_processes():
+    process = Process(Machine(1024))
+    region = process.mmap(2)
+    process.store(region, 1)
+    for _ in range(4200):  # a block of a column has 4096 rows
+        process.fork().exit()
+    trace = process.machine.record()
+    child = process.fork()
+    child.open(0).read(child.here(region))
+    assert violations(process.machine) == []
+    assert trace.replay().seek(len(trace)).state == process.machine.copy()
+
+
+def test_a_process_has_thousands_of_mappings():
+    process = Process(Machine(16384))
+    for word in range(4200):
+        process.store(process.mmap(1, kind="shared"), word)
+    assert violations(process.machine) == []
 
 
 def test_add_counts_rows_that_repeat_and_is_recorded():

@@ -33,16 +33,10 @@ from hmmlab.model.memremap import (
     pagemap_of,
 )
 from hmmlab.model.mm_types import Vma, mm_root
-from hmmlab.model.page import (
-    PG_LOCKED,
-    PHYSICAL_PAGES,
-    as_rows,
-    is_zone_device,
-    page_rows,
-    set_flags,
-)
+from hmmlab.model.page import PG_LOCKED, PHYSICAL_PAGES, is_zone_device, page_rows, set_flags
 from hmmlab.model.page_alloc import alloc_pages
 from hmmlab.model.page_table import word_row
+from hmmlab.model.rows import as_rows
 from hmmlab.model.state import State
 
 __all__ = [

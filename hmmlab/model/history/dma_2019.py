@@ -22,7 +22,7 @@ from hmmlab.model.history.range_2019 import hmm_range_fault, hmm_range_valid
 from hmmlab.model.history.walk_2018 import HmmPfnValue, HmmRange
 from hmmlab.model.machine import Machine, Routine, kernel
 from hmmlab.model.page import PG_DIRTY, set_flags
-from hmmlab.model.state import unique_rows
+from hmmlab.model.rows import unique_rows
 
 __all__ = ["DmaDataDirection", "dma_direction", "hmm_range_dma_map", "hmm_range_dma_unmap"]
 

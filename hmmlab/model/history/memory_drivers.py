@@ -44,11 +44,12 @@ from hmmlab.model.memremap import free_mem_region, memremap_pages, memunmap_page
 from hmmlab.model.migrate import migrate_vma_finalize, migrate_vma_pages, migrate_vma_setup
 from hmmlab.model.migrate_vma import SELECT_DEVICE_PRIVATE, SELECT_SYSTEM, MigrateVma
 from hmmlab.model.mm_types import Vma, mm_lock, mm_root, vma_lookup
-from hmmlab.model.page import PG_LOCKED, as_rows, page_rows, set_flags
+from hmmlab.model.page import PG_LOCKED, page_rows, set_flags
 from hmmlab.model.page_ref import get_page
 from hmmlab.model.page_table import read_range
 from hmmlab.model.process import Process
 from hmmlab.model.region import Pages
+from hmmlab.model.rows import as_rows
 
 __all__ = ["MEMORY_DRIVERS", "MemoryDriver"]
 
