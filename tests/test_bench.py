@@ -13,9 +13,10 @@ from hmmlab.bench import bench, host, model, rounds, table, textbook
 from hmmlab.bench.other import bytes_per_page
 from hmmlab.cli import main
 from hmmlab.invariants import violations
-from hmmlab.model.entry import PRESENT, RW
+from hmmlab.model.entry import HMM_PFN_VALID, HMM_PFN_WRITE, PFN_MASK, pfn_of
+from hmmlab.model.hmm import HmmRange
 from hmmlab.model.mm_types import mm_root
-from hmmlab.model.page import PG_ANON_EXCLUSIVE, page_rows
+from hmmlab.model.page import page_rows
 from hmmlab.model.page_table import read_range
 from hmmlab.model.state import State
 
@@ -108,76 +109,101 @@ def test_without_patience_one_round_must_do(monkeypatch):
 # --- the parties do the same ----------------------------------------------------------------------
 
 
-def flags_and_counts(process, where):
-    """Of each page whether it is present and writable; its counts, content, owner and place."""
+#: What the textbook's frames keep: all of ``struct page``.
+FRAME = ("refcount", "mapcount", "flags", "content", "mapping", "swap", "compound", "private")
+
+
+def state_of(process, where):
+    """Of each page the bits of its word, 0 where there is none, and all of its frame."""
     machine = process.machine
     words = read_range(machine, mm_root(machine, process.mm), where.start, where.stop)
-    present = (words & np.uint64(PRESENT)) != 0
-    rows = page_rows(
-        machine,
-        np.where(present, (words >> np.uint64(12)) & np.uint64(0xFFFFFF), 0).astype(np.int64),
-    )
-    columns = [
-        machine[f"page.{name}"][rows] * present for name in ("refcount", "mapcount", "content")
-    ]
-    columns += [
-        ((machine["page.flags"][rows] & PG_ANON_EXCLUSIVE) != 0) & present,
-        np.where(present, machine["page.index"][rows] - where.start, -1),
-    ]
-    return [
-        present.tolist(),
-        ((words & np.uint64(RW)) != 0).tolist(),
-        *(c.tolist() for c in columns),
-    ]
+    present = words != 0
+    rows = page_rows(machine, pfn_of(words[present]))
+    told = {name: machine[f"page.{name}"][rows].tolist() for name in FRAME}
+    told["index"] = (machine["page.index"][rows] - where.start).tolist()
+    return {"words": (words & np.uint64(~PFN_MASK & (1 << 64) - 1)).tolist()} | told
 
 
-def same_of_textbook(space):
-    entries = [space.entry(vpn) for vpn in range(space.pages)]
-    frames = [entry.frame if entry else None for entry in entries]
-    return [
-        [entry is not None for entry in entries],
-        [bool(entry and entry.flags & 2) for entry in entries],
-        *(
-            [getattr(f, name) if f else 0 for f in frames]
-            for name in ("refcount", "mapcount", "content", "exclusive")
-        ),
-        [f.index if f else -1 for f in frames],
-    ]
+def state_of_textbook(space):
+    entries = [space.entry(vpn) for vpn in range(PAGES)]
+    frames = [entry.frame for entry in entries if entry]
+    told = {name: [getattr(frame, name) for frame in frames] for name in (*FRAME, "index")}
+    return {"words": [entry.flags if entry else 0 for entry in entries]} | told
 
 
-def test_the_textbook_does_what_the_model_does():
+def test_the_textbook_keeps_what_the_model_keeps():
     process, where = model.a_process(PAGES)
-    space = textbook.Space(PAGES)
+    space = textbook.Space(textbook.Memory())
+    space.mmap(0, PAGES)
+    (mapping,) = space.mappings
     child = twin = None
+    frames = process.machine["zone.used"][0] + process.machine["zone.free"][0]
+
+    def store(space, *values):
+        for vpn, value in enumerate(values):
+            space.store(vpn, value)
 
     def check():
-        assert same_of_textbook(space) == flags_and_counts(process, where)
-        if twin:
-            assert same_of_textbook(child) == flags_and_counts(twin, twin.here(where))
+        for own, other, pages in ((space, process, where), (child, twin, where)):
+            if other:
+                theirs = state_of(other, other.here(pages))
+                for name, values in state_of_textbook(own).items():
+                    assert (name, values) == (name, theirs[name])
         assert violations(process.machine) == []
 
     for act, again in [
-        (lambda: process.store(where, range(PAGES)), lambda: space.store(range(PAGES))),
-        (lambda: process.mprotect(where, "r"), lambda: space.mprotect(False)),
-        (lambda: process.mprotect(where, "rw"), lambda: space.mprotect(True)),
+        (lambda: process.store(where, range(PAGES)), lambda: store(space, *range(PAGES))),
+        (lambda: process.mprotect(where, "r"), lambda: space.mprotect(mapping, False)),
+        (lambda: process.mprotect(where, "rw"), lambda: space.mprotect(mapping, True)),
     ]:
         act(), again()
         check()
     twin, child = process.fork(), space.fork()
     check()
-    process.store(where, range(7, PAGES + 7)), space.store(range(7, PAGES + 7))
+    process.mprotect(where, "r"), space.mprotect(mapping, False)
+    process.mprotect(where, "rw"), space.mprotect(mapping, True)
     check()
-    twin.store(twin.here(where), 5), child.store([5] * PAGES)
+    process.store(where, range(7, PAGES + 7)), store(space, *range(7, PAGES + 7))
     check()
-    process.madvise(where, "dontneed"), space.dontneed()
+    twin.store(twin.here(where), 5), store(child, *[5] * PAGES)
     check()
-    space.mprotect(False), process.mprotect(where, "r")
-    with pytest.raises(PermissionError):
-        space.store([1])
+    process.madvise(where[:300], "dontneed"), space.dontneed(0, 300)
+    check()
+    process.store(where, 9), store(space, *[9] * PAGES)
+    check()
+    space.mprotect(mapping, False), process.mprotect(where, "r")
+    with pytest.raises(PermissionError, match="page 0 is read-only"):
+        space.store(0, 1)
     with pytest.raises(KernelError, match="SIGSEGV"):
         process.store(where[:1], 1)
-    process.munmap(where), space.munmap()
-    assert space.root == {} and not any(space.snapshot())
+    process.munmap(where), space.munmap(mapping)
+    assert space.root == {} and not any(space.snapshot(0, PAGES))
+    with pytest.raises(PermissionError, match="nothing is mapped at page 0"):
+        space.store(0, 1)
+    child.munmap(child.mappings[0]), twin.exit()
+    left = process.machine["zone.used"][0] - process.machine["zone.free"][0]
+    assert space.memory.frames == len(space.memory.free) and left == frames
+    assert not any(getattr(frame, name) for frame in space.memory.free for name in RESET)
+
+
+#: What a frame forgets when it is freed.
+RESET = ("refcount", "mapcount", "flags", "mapping", "index", "swap", "compound", "private")
+
+
+def test_the_textbook_sees_what_the_model_sees():
+    process, where = model.a_process(8)
+    space = textbook.Space(textbook.Memory())
+    space.mmap(0, 8)
+    for vpn in (0, 1, 2, 5):
+        space.store(vpn, 1)
+        process.store(where[vpn : vpn + 1], 1)
+    space.fork(), process.fork()
+    space.store(1, 2), process.store(where[1:2], 2)
+    answer, device = np.zeros(8, np.uint64), process.open(0)
+    range = HmmRange(process.mm, device.subscription, 0, where.start, where.stop, answer)
+    process.run("snapshot", model._look(process.machine, range))
+    bits = HMM_PFN_VALID | HMM_PFN_WRITE
+    assert [pfn & bits for pfn in space.snapshot(0, 8)] == (answer & np.uint64(bits)).tolist()
 
 
 def test_every_party_tells_the_same_story():
