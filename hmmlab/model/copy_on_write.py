@@ -5,6 +5,8 @@ Source: mm/memory.c.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -57,14 +59,45 @@ _HOPELESS = 3
 __all__ = ["born_dirty", "do_wp_page", "wp_page_copy"]
 
 
+class VmFault(NamedTuple):
+    """Write faults (``struct vm_fault``): arrays of shape (n,), one value a page.
+
+    ``rows`` and ``words`` are those of the ``pte`` column, ``normal`` says whether a word names a
+    frame with a ``struct page`` that counts (maybe one for all), ``frames`` are what the words
+    name, and ``pages`` their rows.
+    """
+
+    vpns: Pfns
+    rows: Rows
+    words: Words
+    normal: Bools
+    frames: Pfns
+    pages: Rows
+
+    def only(self, chosen: Bools) -> VmFault:
+        """Some of them."""
+        if all_of(chosen):
+            return self
+        return VmFault(
+            some(self.vpns, chosen),
+            some_rows(self.rows, chosen),
+            some(self.words, chosen),
+            some(self.normal, chosen),
+            some(self.frames, chosen),
+            some_rows(self.pages, chosen),
+        )
+
+
 @kernel("mm/memory.c")
 def do_wp_page(machine: Machine, vma: Vma, vpns: Pfns, rows: Rows, words: Words) -> Routine[None]:
     """A write to pages that are present and not writable: reuse the frame, or copy it."""
     marks, frames = marks_and_pfns(words)
     normal = (marks & np.uint64(SPECIAL)) == 0
+    at = pfn_to_page(machine, frames)
+    faults = VmFault(vpns, rows, words, normal, frames, at)
     if not all_of(normal):
         frames = np.where(normal, frames, ZERO_PFN)
-    at = pfn_to_page(machine, frames)
+        at = pfn_to_page(machine, frames)
     flags = alike(machine["page.flags"][at])
     anon = normal & ((flags & np.uint32(PG_ANON)) != 0)
     exclusive = anon & ((flags & np.uint32(PG_ANON_EXCLUSIVE)) != 0)
@@ -92,11 +125,8 @@ def do_wp_page(machine: Machine, vma: Vma, vpns: Pfns, rows: Rows, words: Words)
             int(mine[0]),
             int(mine[-1]) + 1,
         )
-    copy = ~reuse
-    if any_of(copy):
-        yield from wp_page_copy(
-            machine, vma, some(vpns, copy), some_rows(rows, copy), some(words, copy)
-        )
+    if not all_of(reuse):
+        yield from wp_page_copy(machine, vma, faults.only(~reuse))
 
 
 def _drain_for(machine: Machine, frames: Pfns, rows: Rows, maybe: Bools) -> None:
@@ -136,53 +166,46 @@ def _folio_ref_count(machine: Machine, rows: Rows, leaving: Bools) -> NDArray[np
 
 
 @kernel("mm/memory.c")
-def wp_page_copy(machine: Machine, vma: Vma, vpns: Pfns, rows: Rows, words: Words) -> Routine[None]:
+def wp_page_copy(machine: Machine, vma: Vma, faults: VmFault) -> Routine[None]:
     """Copy on write: each page gets a frame of its own, inside a CLEAR of that page.
 
-    Where the word has changed since ``words`` was read, the copy is given up (``pte_same``).
+    Where the word has changed since it was read, the copy is given up (``pte_same``).
     """
     vma = anon_vma_prepare(machine, vma)
-    marks, old = marks_and_pfns(words)
-    normal = (marks & np.uint64(SPECIAL)) == 0
-    at = pfn_to_page(machine, old)
-    new = alloc_pages(machine, vpns.size)
-    machine.write("page.content", as_rows(new), machine["page.content"][at])
-    range = MmuNotifierRange.each(vma.mm, Event.CLEAR, vpns, vma=vma.row)
+    new = alloc_pages(machine, faults.vpns.size)
+    pages = as_rows(new)
+    machine.write("page.content", pages, machine["page.content"][faults.pages])
+    range = MmuNotifierRange.each(vma.mm, Event.CLEAR, faults.vpns, vma=vma.row)
     yield from invalidate_range_start(machine, range)
-    same = machine["pte"][rows] == words
+    same = machine["pte"][faults.rows] == faults.words
     if not all_of(same):
         put_page(machine, new[~same])
         if not any_of(same):
             yield from invalidate_range_end(machine, range)
             return
-        vpns, rows, old, new, normal = (
-            vpns[same],
-            some_rows(rows, same),
-            old[same],
-            new[same],
-            some(normal, same),
-        )
-        at = pfn_to_page(machine, old)
-    folio_add_lru(machine, new)
-    ptep_clear_flush_notify(machine, vma.mm, vpns.size)
-    page_add_new_anon_rmap(machine, new, vma, vpns)
-    machine.write("pte", rows, present_word(new, born_dirty(vma, vm_page_prot(vma.flags))))
-    if not all_of(normal):
-        old = some(old, normal)
-        at = pfn_to_page(machine, old)
-    page_remove_rmap(machine, old, rows=at)
+        faults, new, pages = faults.only(same), new[same], some_rows(pages, same)
+    folio_add_lru(machine, new, rows=pages)
+    ptep_clear_flush_notify(machine, vma.mm, faults.vpns.size)
+    page_add_new_anon_rmap(machine, new, vma, faults.vpns, rows=pages)
+    machine.write("pte", faults.rows, present_word(new, born_dirty(vma, vm_page_prot(vma.flags))))
+    old = faults.only(faults.normal)
+    page_remove_rmap(machine, old.frames, rows=old.pages)
     yield machine.step(
         "A frame of its own for {range}: "
-        + ("the old one keeps its readers." if all_of(normal) else "so far it was the zero page."),
+        + (
+            "the old one keeps its readers."
+            if all_of(faults.normal)
+            else "so far it was the zero page."
+        ),
         vma.mm,
-        int(vpns[0]),
-        int(vpns[-1]) + 1,
+        int(faults.vpns[0]),
+        int(faults.vpns[-1]) + 1,
     )
     yield from invalidate_range_end(machine, range)
-    put_page(machine, old, at)
-    cached = alike(machine["page.swap"][at]) != 0
+    put_page(machine, old.frames, old.pages)
+    cached = alike(machine["page.swap"][old.pages]) != 0
     if any_of(cached):
-        free_swap_cache(machine, unique_rows(some(old, cached)))
+        free_swap_cache(machine, unique_rows(some(old.frames, cached)))
 
 
 def born_dirty(vma: Vma, prot: int) -> int:

@@ -241,8 +241,7 @@ def marks_of(words: Words) -> Words:
 
     All that can be asked of a word besides its frame can be asked of its marks.
     """
-    field = _frame_field(words)
-    return alike(words & np.uint64(~field & _WORD)) if field else alike(words)
+    return _marks_and_field(words)[0]
 
 
 def marks_and_pfns(words: Words) -> tuple[Words, Pfns]:
@@ -250,29 +249,42 @@ def marks_and_pfns(words: Words) -> tuple[Words, Pfns]:
 
     A present word names a frame, and so does a migration or device entry.
     """
-    field = _frame_field(words)
+    marks, field = _marks_and_field(words)
     if field == PFN_MASK:
-        pfns = words & np.uint64(PFN_MASK)
-        marks = alike(words ^ pfns)
+        pfns = words ^ marks
         pfns >>= np.uint64(PAGE_SHIFT)
         return marks, pfns.view(np.int64)
     if field:
-        return alike(words & np.uint64(~field & _WORD)), swap_offset_pfn(words)
-    marks = alike(words)
+        return marks, swap_offset_pfn(words)
     named = np.where(has_pfn(marks), swap_offset_pfn(marks), 0)
     named = np.where(is_present(marks), pfn_of(marks), named)
     return marks, named if marks.size == words.size else np.full(words.size, named)
 
 
-def _frame_field(words: Words) -> int:
-    """The bits in which all of some words name their frames; 0 where they are of several kinds."""
-    if not words.size:
-        return 0
-    if words[0] & np.uint64(PRESENT):
-        return PFN_MASK if np.bitwise_and.reduce(words) & np.uint64(PRESENT) else 0
-    # Migration and device entries: no present word has bits so high.
-    names = int(words.min()) >= SWP_MIGRATION_READ << _TYPE_SHIFT
-    return _SWP_PFN_MASK << _OFFSET_SHIFT if names else 0
+#: The least migration or device entry: no present word has bits so high.
+_NAMES_A_FRAME = SWP_MIGRATION_READ << _TYPE_SHIFT
+
+
+def _marks_and_field(words: Words) -> tuple[Words, int]:
+    """The marks of words, and the bits in which all of them name their frames.
+
+    0 where they name none or are of several kinds; then the words are their marks.
+    """
+    first = int(words[0]) if words.size else 0
+    if first & PRESENT:
+        field = PFN_MASK
+    elif first >= _NAMES_A_FRAME:
+        field = _SWP_PFN_MASK << _OFFSET_SHIFT
+    else:
+        return alike(words), 0
+    marks = alike(words & np.uint64(~field & _WORD))
+    if marks.size > 1 and not (
+        np.bitwise_and.reduce(marks) & np.uint64(PRESENT)
+        if field == PFN_MASK
+        else marks.min() >= _NAMES_A_FRAME
+    ):
+        return words, 0
+    return marks, field
 
 
 def migration_word(words: Words, pfns: Pfns, writable: Bools, exclusive: Bools) -> Words:

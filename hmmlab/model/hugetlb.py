@@ -40,7 +40,13 @@ from hmmlab.model.mmu_notifier import (
     invalidate_range_end,
     invalidate_range_start,
 )
-from hmmlab.model.page import PG_ANON_EXCLUSIVE, folio_maybe_dma_pinned, frames_of, set_flags
+from hmmlab.model.page import (
+    PG_ANON_EXCLUSIVE,
+    folio_maybe_dma_pinned,
+    frames_of,
+    pfn_to_page,
+    set_flags,
+)
 from hmmlab.model.page_alloc import alloc_huge_pages, node_of
 from hmmlab.model.page_ref import get_page, put_page
 from hmmlab.model.page_table import (
@@ -335,8 +341,9 @@ def unmap_hugepage_range(
                 machine.write("vma.resv", vma.row, _UNMAPPED)
             machine.write("pte", rows, 0)
             drop_table(machine, root, at)
-            page_remove_rmap(machine, pfns, huge=True)
-            tlb.remove_pages(pfns, huge=True)
+            pages = pfn_to_page(machine, pfns)
+            page_remove_rmap(machine, pfns, huge=True, rows=pages)
+            tlb.remove_pages(pfns, pages, huge=True)
     yield machine.step("{range}: huge pages are no longer mapped.", vma.mm, start, stop)
     yield from invalidate_range_end(machine, range)
 

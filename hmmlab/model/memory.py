@@ -268,8 +268,9 @@ def do_anonymous_page(
         return
     vma = anon_vma_prepare(machine, vma)
     pfns = alloc_pages(machine, vpns.size)
-    folio_add_lru(machine, pfns)
-    page_add_new_anon_rmap(machine, pfns, vma, vpns)
+    pages = as_rows(pfns)
+    folio_add_lru(machine, pfns, rows=pages)
+    page_add_new_anon_rmap(machine, pfns, vma, vpns, rows=pages)
     machine.write("pte", rows, present_word(pfns, born_dirty(vma, prot)))
     yield machine.step(
         "First touch of {range} was a write: a new frame of zeros is mapped.", vma.mm, first, last

@@ -14,7 +14,7 @@ from hmmlab.model.entry import Pfns
 from hmmlab.model.geometry import PMD_PAGES
 from hmmlab.model.machine import KernelError, Machine
 from hmmlab.model.page import ZERO_PFN
-from hmmlab.model.rows import Rows, as_rows
+from hmmlab.model.rows import Rows, as_rows, first_and_last
 from hmmlab.model.state import State
 
 __all__ = [
@@ -45,9 +45,14 @@ def _node_limits(machine: Machine, node: int) -> tuple[int, int]:
     return (0, half) if node == 0 else (half, machine.ram_pages)
 
 
-def node_of(state: State, pfns: Pfns) -> Pfns:
-    """NUMA node of frames of RAM."""
-    return (pfns >= state.ram_pages // 2).astype(np.int64)
+def node_of(state: State, pfns: Pfns, rows: Rows | None = None) -> Pfns:
+    """NUMA node of frames of RAM, one for all where their ``rows`` are given and say so."""
+    middle = state.ram_pages // 2
+    if isinstance(rows, slice):
+        low, high = first_and_last(rows)
+        if high < middle or low >= middle:
+            return np.array([int(low >= middle)])
+    return (pfns >= middle).astype(np.int64)
 
 
 def free_ram(state: Machine) -> int:
@@ -120,7 +125,7 @@ def free_pages(machine: Machine, pfns: Pfns, rows: Rows) -> None:
     # The content stays until the frame is used again.
     for column in ("flags", "mapping", "index", "compound", "private"):
         machine.write(f"page.{column}", rows, 0)
-    high = pfns >= _node_limits(machine, 1)[0]
+    high = node_of(machine, pfns, rows) != 0
     for zone, freed in ((0, some(pfns, ~high)), (1, some(pfns, high))):
         if freed.size:
             top = int(machine["zone.free"][zone])

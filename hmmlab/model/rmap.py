@@ -125,7 +125,14 @@ class Mappings(NamedTuple):
 
 
 def page_add_new_anon_rmap(
-    machine: Machine, pfns: Pfns, vma: Vma, vpns: Pfns, *, huge: bool = False, noted: bool = False
+    machine: Machine,
+    pfns: Pfns,
+    vma: Vma,
+    vpns: Pfns,
+    *,
+    huge: bool = False,
+    noted: bool = False,
+    rows: Rows | None = None,
 ) -> None:
     """Let new frames be mapped once, by ``vma`` at pages ``vpns``; it owns them alone.
 
@@ -134,7 +141,7 @@ def page_add_new_anon_rmap(
     """
     calls = pfns.size // PMD_PAGES if huge else pfns.size
     machine.called("page_add_new_anon_rmap", 0 if noted else calls)
-    _own_alone(machine, pfns, vma, vpns)
+    _own_alone(machine, pfns, vma, vpns, rows)
 
 
 def hugepage_add_new_anon_rmap(machine: Machine, pfns: Pfns, vma: Vma, vpns: Pfns) -> None:
@@ -143,8 +150,10 @@ def hugepage_add_new_anon_rmap(machine: Machine, pfns: Pfns, vma: Vma, vpns: Pfn
     _own_alone(machine, pfns, vma, vpns)
 
 
-def _own_alone(machine: Machine, pfns: Pfns, vma: Vma, vpns: Pfns) -> None:
-    rows = pfn_to_page(machine, pfns)
+def _own_alone(
+    machine: Machine, pfns: Pfns, vma: Vma, vpns: Pfns, rows: Rows | None = None
+) -> None:
+    rows = pfn_to_page(machine, pfns) if rows is None else rows
     machine.write("page.mapcount", rows, 1)
     machine.write("page.mapping", rows, vma.anon_vma)
     machine.write("page.index", rows, vma.pgoff_of(0) + vpns)

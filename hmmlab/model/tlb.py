@@ -25,7 +25,7 @@ from hmmlab.model.machine import BULK, Machine
 from hmmlab.model.mmu_notifier import mm_has_notifiers
 from hmmlab.model.page import pfn_to_page
 from hmmlab.model.page_ref import put_page
-from hmmlab.model.rows import unique_rows
+from hmmlab.model.rows import Rows, unique_rows
 from hmmlab.model.swap import free_swap_cache
 
 __all__ = ["MmuGather", "flush_tlb", "pte_accessible", "ptep_clear_flush_notify"]
@@ -63,14 +63,14 @@ class MmuGather:
     def __init__(self, machine: Machine, mm: int) -> None:
         self.machine, self.mm = machine, mm
         self.cleared = False
-        self._pages: list[Pfns] = []
+        self._pages: list[tuple[Pfns, Rows]] = []
         self._waiting, self._huge = 0, False
 
-    def remove_pages(self, pfns: Pfns, *, huge: bool = False) -> None:
-        """Let pages wait for the flush; when too many wait, it is done at once."""
+    def remove_pages(self, pfns: Pfns, rows: Rows, *, huge: bool = False) -> None:
+        """Let pages, with their ``rows``, wait for the flush; when too many do, it is done now."""
         self.cleared = True
         if pfns.size:
-            self._pages.append(pfns)
+            self._pages.append((pfns, rows))
             self._huge |= huge
             self._waiting += pfns.size // PMD_PAGES if huge else pfns.size
         if self._waiting > _BUNDLE + _BATCHES * _BATCH:
@@ -103,18 +103,18 @@ class MmuGather:
         edges = [0, *range(_BUNDLE, self._waiting, _BATCH), self._waiting]
         if self._waiting and (self._huge or self.machine.grain == BULK):
             lru_add_drain(self.machine, len(edges) - 1)
-            for pfns in self._pages:
-                self._free(pfns)
+            for pfns, rows in self._pages:
+                self._free(pfns, rows)
         elif self._waiting:
-            pages = np.concatenate([np.zeros(0, np.int64), *self._pages])
+            pages = np.concatenate([np.zeros(0, np.int64), *(pfns for pfns, _ in self._pages)])
             for first, last in pairwise(edges):
                 lru_add_drain(self.machine)
-                self._free(pages[first:last])
+                pfns = pages[first:last]
+                self._free(pfns, pfn_to_page(self.machine, pfns))
         self._waiting, self._huge = 0, False
         self._pages.clear()
 
-    def _free(self, pfns: Pfns) -> None:
-        rows = pfn_to_page(self.machine, pfns)
+    def _free(self, pfns: Pfns, rows: Rows) -> None:
         cached = unique_rows(some(pfns, alike(self.machine["page.swap"][rows]) != 0))
         put_page(self.machine, pfns, rows)
         free_swap_cache(self.machine, cached)

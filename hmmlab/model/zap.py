@@ -14,6 +14,7 @@ from hmmlab.model.alike import alike, all_of, any_of, part_of, rows_where, some
 from hmmlab.model.entry import (
     DIRTY,
     SPECIAL,
+    Pfns,
     is_device_exclusive,
     is_device_private,
     is_present,
@@ -67,7 +68,8 @@ def unmap_page_range(
             frames = page_rows(machine, np.where(is_present(words), pfn_of(words), 0))
             anon = (machine["page.flags"][frames] & PG_ANON) != 0
             chosen &= is_present(words) & ~anon
-        used, count = rows_where(chosen, words.size), int(np.count_nonzero(chosen))
+        used = rows_where(chosen, words.size)
+        count = used.stop if isinstance(used, slice) else used.size
         parts = [(0, count)] if run.huge and count else machine.chunks(0, count)
         table, written = -1, False
         for first, last in parts:
@@ -110,15 +112,23 @@ def _zap(
     normal = present & ((marks & np.uint64(SPECIAL)) == 0)
     private = ~present & is_device_private(marks)
     machine.write("pte", rows, 0)
+    mapped = some(named, normal | private)
+    at = pfn_to_page(machine, mapped)
+
+    def pages_of(some_of_them: Pfns) -> Rows:
+        all_of_them = some_of_them.size == mapped.size
+        return at if all_of_them else pfn_to_page(machine, some_of_them)
+
     dirty = some(named, normal & ((marks & np.uint64(DIRTY)) != 0))
-    dirty_rows = pfn_to_page(machine, dirty)
+    dirty_rows = pages_of(dirty)
     written = any_of((alike(machine["page.flags"][dirty_rows]) & np.uint32(PG_ANON)) == 0)
     cached = page_mapping(machine, dirty, dirty_rows)
     if any_of(cached):
         set_flags(machine, unique_rows(some(dirty, cached)), PG_DIRTY)
-    page_remove_rmap(machine, some(named, normal | private), huge=huge)
+    page_remove_rmap(machine, mapped, huge=huge, rows=at)
     if any_of(present):
-        tlb.remove_pages(some(named, normal), huge=huge)
+        freed = some(named, normal)
+        tlb.remove_pages(freed, pages_of(freed), huge=huge)
     if any_of(private):
         put_page(machine, some(named, private))
     if not all_of(present):
