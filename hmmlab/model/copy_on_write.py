@@ -21,7 +21,6 @@ from hmmlab.model.entry import (
     Bools,
     Pfns,
     Words,
-    marks_and_pfns,
     present_word,
 )
 from hmmlab.model.geometry import PMD_PAGES
@@ -56,23 +55,21 @@ from hmmlab.model.tlb import ptep_clear_flush_notify
 #: Frames with more references are copied at once (``do_wp_page``).
 _HOPELESS = 3
 
-__all__ = ["born_dirty", "do_wp_page", "wp_page_copy"]
+__all__ = ["VmFault", "born_dirty", "do_wp_page"]
 
 
 class VmFault(NamedTuple):
-    """Write faults (``struct vm_fault``): arrays of shape (n,), one value a page.
+    """Write faults on pages that are there (``struct vm_fault``): one value a page.
 
-    ``rows`` and ``words`` are those of the ``pte`` column, ``normal`` says whether a word names a
-    frame with a ``struct page`` that counts (maybe one for all), ``frames`` are what the words
-    name, and ``pages`` their rows.
+    ``rows`` and ``words`` are those of the ``pte`` column; ``marks``, maybe one for all, and
+    ``frames`` are what the words say.
     """
 
     vpns: Pfns
     rows: Rows
     words: Words
-    normal: Bools
+    marks: Words
     frames: Pfns
-    pages: Rows
 
     def only(self, chosen: Bools) -> VmFault:
         """Some of them."""
@@ -82,19 +79,22 @@ class VmFault(NamedTuple):
             some(self.vpns, chosen),
             some_rows(self.rows, chosen),
             some(self.words, chosen),
-            some(self.normal, chosen),
+            some(self.marks, chosen),
             some(self.frames, chosen),
-            some_rows(self.pages, chosen),
         )
+
+    @property
+    def normal(self) -> Bools:
+        """Which words name a frame whose ``struct page`` counts; maybe one for all."""
+        return (self.marks & np.uint64(SPECIAL)) == 0
 
 
 @kernel("mm/memory.c")
-def do_wp_page(machine: Machine, vma: Vma, vpns: Pfns, rows: Rows, words: Words) -> Routine[None]:
+def do_wp_page(machine: Machine, vma: Vma, faults: VmFault) -> Routine[None]:
     """A write to pages that are present and not writable: reuse the frame, or copy it."""
-    marks, frames = marks_and_pfns(words)
-    normal = (marks & np.uint64(SPECIAL)) == 0
-    at = pfn_to_page(machine, frames)
-    faults = VmFault(vpns, rows, words, normal, frames, at)
+    vpns, rows, words, _, frames = faults
+    at = named = pfn_to_page(machine, frames)
+    normal = faults.normal
     if not all_of(normal):
         frames = np.where(normal, frames, ZERO_PFN)
         at = pfn_to_page(machine, frames)
@@ -104,7 +104,7 @@ def do_wp_page(machine: Machine, vma: Vma, vpns: Pfns, rows: Rows, words: Words)
     alone = anon & ~exclusive & ((flags & np.uint32(PG_KSM)) == 0)
     if any_of(alone):
         _drain_for(machine, frames, at, alone)
-    give_up_swap(machine, some(frames, alone))
+    give_up_swap(machine, some(frames, alone), some_rows(at, alone))
     alone = alone & (_folio_ref_count(machine, at, alone) == 1)
     shared = normal & ~anon & bool(vma.flags & VM_SHARED)
     if any_of(shared):  # wp_page_shared
@@ -126,12 +126,12 @@ def do_wp_page(machine: Machine, vma: Vma, vpns: Pfns, rows: Rows, words: Words)
             int(mine[-1]) + 1,
         )
     if not all_of(reuse):
-        yield from wp_page_copy(machine, vma, faults.only(~reuse))
+        yield from wp_page_copy(machine, vma, faults.only(~reuse), some_rows(named, ~reuse))
 
 
 def _drain_for(machine: Machine, frames: Pfns, rows: Rows, maybe: Bools) -> None:
     """Drain the CPU's batches where one may be all that holds a frame besides its mapping."""
-    off = maybe & off_lru(machine, frames)
+    off = maybe & off_lru(machine, frames, rows)
     if any_of(off):
         device = is_zone_device(machine, frames)
         off = off & (machine["page.refcount"][rows] + ~device <= _HOPELESS)
@@ -166,15 +166,16 @@ def _folio_ref_count(machine: Machine, rows: Rows, leaving: Bools) -> NDArray[np
 
 
 @kernel("mm/memory.c")
-def wp_page_copy(machine: Machine, vma: Vma, faults: VmFault) -> Routine[None]:
+def wp_page_copy(machine: Machine, vma: Vma, faults: VmFault, at: Rows) -> Routine[None]:
     """Copy on write: each page gets a frame of its own, inside a CLEAR of that page.
 
-    Where the word has changed since it was read, the copy is given up (``pte_same``).
+    Where the word has changed since it was read, the copy is given up (``pte_same``). ``at`` are
+    the rows of the faults' frames.
     """
     vma = anon_vma_prepare(machine, vma)
     new = alloc_pages(machine, faults.vpns.size)
     pages = as_rows(new)
-    machine.write("page.content", pages, machine["page.content"][faults.pages])
+    machine.write("page.content", pages, machine["page.content"][at])
     range = MmuNotifierRange.each(vma.mm, Event.CLEAR, faults.vpns, vma=vma.row)
     yield from invalidate_range_start(machine, range)
     same = machine["pte"][faults.rows] == faults.words
@@ -183,13 +184,14 @@ def wp_page_copy(machine: Machine, vma: Vma, faults: VmFault) -> Routine[None]:
         if not any_of(same):
             yield from invalidate_range_end(machine, range)
             return
-        faults, new, pages = faults.only(same), new[same], some_rows(pages, same)
+        faults, at = faults.only(same), some_rows(at, same)
+        new, pages = new[same], some_rows(pages, same)
     folio_add_lru(machine, new, rows=pages)
     ptep_clear_flush_notify(machine, vma.mm, faults.vpns.size)
     page_add_new_anon_rmap(machine, new, vma, faults.vpns, rows=pages)
     machine.write("pte", faults.rows, present_word(new, born_dirty(vma, vm_page_prot(vma.flags))))
-    old = faults.only(faults.normal)
-    page_remove_rmap(machine, old.frames, rows=old.pages)
+    old, at = some(faults.frames, faults.normal), some_rows(at, faults.normal)
+    page_remove_rmap(machine, old, rows=at)
     yield machine.step(
         "A frame of its own for {range}: "
         + (
@@ -202,10 +204,10 @@ def wp_page_copy(machine: Machine, vma: Vma, faults: VmFault) -> Routine[None]:
         int(faults.vpns[-1]) + 1,
     )
     yield from invalidate_range_end(machine, range)
-    put_page(machine, old.frames, old.pages)
-    cached = alike(machine["page.swap"][old.pages]) != 0
+    put_page(machine, old, at)
+    cached = alike(machine["page.swap"][at]) != 0
     if any_of(cached):
-        free_swap_cache(machine, unique_rows(some(old.frames, cached)))
+        free_swap_cache(machine, unique_rows(some(old, cached)))
 
 
 def born_dirty(vma: Vma, prot: int) -> int:

@@ -258,7 +258,7 @@ def marks_and_pfns(words: Words) -> tuple[Words, Pfns]:
         return marks, swap_offset_pfn(words)
     named = np.where(has_pfn(marks), swap_offset_pfn(marks), 0)
     named = np.where(is_present(marks), pfn_of(marks), named)
-    return marks, named if marks.size == words.size else np.full(words.size, named)
+    return marks, named if marks.size == words.size else np.broadcast_to(named, words.shape)
 
 
 #: The least migration or device entry: no present word has bits so high.

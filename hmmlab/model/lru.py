@@ -54,9 +54,12 @@ def folio_add_lru(
         machine.objects["lru.add"] = {0: last[last.size - rest :]}
 
 
-def off_lru(machine: Machine, pfns: Pfns) -> Bools:
-    """Which frames are on no LRU list yet, as far as can be told: device memory never is."""
-    off, waiting = is_zone_device(machine, pfns), _new(machine)
+def off_lru(machine: Machine, pfns: Pfns, rows: Rows | None = None) -> Bools:
+    """Which frames are on no LRU list yet, as far as can be told: device memory never is.
+
+    Shaped as ``pfns`` are; where their ``rows`` are given, maybe one for all.
+    """
+    off, waiting = is_zone_device(machine, pfns, rows), _new(machine)
     return off | np.isin(pfns, waiting) if waiting.size else off
 
 

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from hmmlab.model.alike import alike, all_of, any_of, some
 from hmmlab.model.anon_vma import anon_vma_prepare
-from hmmlab.model.copy_on_write import born_dirty, do_wp_page
+from hmmlab.model.copy_on_write import VmFault, born_dirty, do_wp_page
 from hmmlab.model.entry import (
     ACCESSED,
     DIRTY,
@@ -31,6 +31,7 @@ from hmmlab.model.entry import (
     is_device_exclusive,
     is_device_private,
     is_present,
+    marks_and_pfns,
     marks_of,
     present_word,
     swap_offset_pfn,
@@ -149,7 +150,7 @@ def handle_mm_fault(
             alloc_tables(machine, root, vpn << 9, (vpn << 9) + 1)
     rows = rows_of(machine, root, vpns)
     words = machine["pte"][rows].copy()
-    marks = marks_of(words)
+    marks, frames = marks_and_pfns(words)
     empty = marks == 0
     elsewhere = ~empty & ~is_present(marks)
     shielded = ~empty & ~elsewhere & ((marks & np.uint64(RW)) == 0) & write
@@ -169,9 +170,8 @@ def handle_mm_fault(
             remote,
         )
     if any_of(shielded):
-        yield from do_wp_page(
-            machine, vma, some(vpns, shielded), some_rows(rows, shielded), some(words, shielded)
-        )
+        faults = VmFault(vpns, rows, words, marks, frames)
+        yield from do_wp_page(machine, vma, faults.only(shielded))
     if any_of(ready):
         young = ACCESSED | (DIRTY | SOFT_DIRTY if write else 0)
         there = some(vpns, ready)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from hmmlab.model.alike import alike, any_of
 from hmmlab.model.entry import Pfns
 from hmmlab.model.geometry import PMD_PAGES, align_down
 from hmmlab.model.lru import folio_add_lru
@@ -25,7 +26,7 @@ from hmmlab.model.page import (
 )
 from hmmlab.model.page_alloc import alloc_pages
 from hmmlab.model.page_ref import get_page, put_page
-from hmmlab.model.rows import as_rows, unique_rows
+from hmmlab.model.rows import Rows, as_rows, unique_rows
 from hmmlab.model.state import State
 
 __all__ = [
@@ -134,11 +135,11 @@ def free_swap_cache(machine: Machine, pfns: Pfns) -> None:
         folio_free_swap(machine, pfns[unmapped])
 
 
-def give_up_swap(machine: Machine, pfns: Pfns) -> None:
+def give_up_swap(machine: Machine, pfns: Pfns, rows: Rows | None = None) -> None:
     """Take frames out of the swap cache where only that and one mapping hold them."""
-    rows = pfn_to_page(machine, pfns)
-    cached = machine["page.swap"][rows] != 0
-    if cached.any():
+    rows = pfn_to_page(machine, pfns) if rows is None else rows
+    cached = alike(machine["page.swap"][rows]) != 0
+    if any_of(cached):
         mine = cached & (machine["page.refcount"][rows] == 2)
         folio_free_swap(machine, unique_rows(pfns[mine]))
 

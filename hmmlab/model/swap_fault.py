@@ -11,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 
 from hmmlab.model.alike import all_of, any_of, some
-from hmmlab.model.copy_on_write import do_wp_page
+from hmmlab.model.copy_on_write import VmFault, do_wp_page
 from hmmlab.model.entry import (
     DIRTY,
     RW,
@@ -24,6 +24,7 @@ from hmmlab.model.entry import (
     is_device_private,
     is_migration,
     is_swapped,
+    marks_and_pfns,
     present_word,
     repeats_device_private,
     swap_offset,
@@ -183,4 +184,5 @@ def _map_swapped(
     machine.write("pte", as_rows(rows), mapped)
     yield machine.step("{range} come{s} back from swap.", vma.mm, int(vpns[0]), int(vpns[-1]) + 1)
     if write and not all_of(alone):
-        yield from do_wp_page(machine, vma, vpns[~alone], as_rows(rows[~alone]), mapped[~alone])
+        faults = VmFault(vpns, rows, mapped, *marks_and_pfns(mapped))
+        yield from do_wp_page(machine, vma, faults.only(~alone))
