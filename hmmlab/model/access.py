@@ -52,7 +52,7 @@ from hmmlab.model.mm_types import (
 )
 from hmmlab.model.page import PG_DIRTY, pfn_to_page, set_flags
 from hmmlab.model.page_ref import get_page
-from hmmlab.model.page_table import huge_blocks, read_range, rows_of_range, walk
+from hmmlab.model.page_table import huge_blocks, look_at_range, rows_of_range, walk
 from hmmlab.model.rows import as_rows, unique_rows
 
 __all__ = [
@@ -122,7 +122,7 @@ def _reach(machine: Machine, vma: Vma, start: int, stop: int) -> int:
         return min(stop, align_down(start, PMD_PAGES) + PMD_PAGES)
     if not device_file_of(machine, vma.file):
         return stop
-    words = read_range(machine, mm_root(machine, vma.mm), start, stop)
+    words = look_at_range(machine, mm_root(machine, vma.mm), start, stop)
     return stop if all_of(words) else start + max(int(np.argmin(words != 0)), 1)
 
 
@@ -158,11 +158,14 @@ def _touch(
     *,
     split: bool = False,
 ) -> Routine[Words]:
-    """Fault until every page of a part of a mapping is there; returns the words."""
+    """Fault until every page of a part of a mapping is there; returns the words, maybe a view."""
     parts = []
     for low, high in audiences(machine, vma, start, stop, write):
-        parts.append((yield from _touch_alike(machine, vma, low, high, write, fault, split=split)))
-    return parts[0] if len(parts) == 1 else np.concatenate(parts)
+        words = yield from _touch_alike(machine, vma, low, high, write, fault, split=split)
+        if (low, high) == (start, stop):
+            return words
+        parts.append(words.copy())
+    return np.concatenate(parts)
 
 
 def _touch_alike(
@@ -182,7 +185,7 @@ def _touch_alike(
         huge = huge_blocks(machine, mm_root(machine, vma.mm), vpns) if split else np.zeros(0, bool)
         for vpn in vpns[leaders_of_blocks(vpns, huge)].tolist() if any_of(huge) else ():
             yield from split_huge_pmd(machine, vma, vpn - vpn % PMD_PAGES, vpn)
-        words = read_range(machine, mm_root(machine, vma.mm), start, stop)
+        words = look_at_range(machine, mm_root(machine, vma.mm), start, stop)
         marks = marks_of(words)
         lacking = (marks & wanted) != wanted
         if any_of(lacking):
@@ -317,7 +320,7 @@ def _to_be_dirtied(machine: Machine, vma: Vma, start: int, stop: int) -> int:
     """
     if not vma.file or not vma.flags & VM_SHARED or device_file_of(machine, vma.file):
         return 0
-    words = read_range(machine, mm_root(machine, vma.mm), start, stop)
+    words = look_at_range(machine, mm_root(machine, vma.mm), start, stop)
     vpns = start + np.flatnonzero((words & np.uint64(PRESENT | RW)) != PRESENT | RW)
     frames = cached(machine, vma.file, vma.pgoff_of(0) + vpns)
     flags = machine["page.flags"][pfn_to_page(machine, np.maximum(frames, 0))]

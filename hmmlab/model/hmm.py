@@ -54,7 +54,7 @@ from hmmlab.model.mm_types import (
 )
 from hmmlab.model.mmu_notifier import mmu_interval_check_retry, series_commute
 from hmmlab.model.page_alloc import free_ram
-from hmmlab.model.page_table import Run, read_range, table_of, walk
+from hmmlab.model.page_table import Run, look_at_range, table_of, walk
 
 __all__ = ["HmmRange", "commuting_batches", "hmm_range_fault"]
 
@@ -175,7 +175,7 @@ def commuting_batches(
         return last
     end = min(stop, vma.end, start + max(BLOCK // batch, 1) * batch)
     end = min([end, *(r.start for r in walk(machine, mm_root(machine, mm), start, end) if r.huge)])
-    marks, pfns = marks_and_pfns(read_range(machine, mm_root(machine, mm), start, end))
+    marks, pfns = marks_and_pfns(look_at_range(machine, mm_root(machine, mm), start, end))
     present = (marks & np.uint64(PRESENT)) != 0
     odd = ~present & (marks != 0)
     if any_of(odd):
@@ -196,7 +196,7 @@ def commuting_batches(
 
 def _fault_batches(machine: Machine, range: HmmRange) -> Routine[None]:
     """Fault what several requests lack: in each page table of each, from the first such page on."""
-    words = read_range(machine, mm_root(machine, range.mm), range.start, range.end)
+    words = look_at_range(machine, mm_root(machine, range.mm), range.start, range.end)
     cpu_flags, final = _cpu_flags(machine, range, *marks_and_pfns(words))
     lacking = _lacking(range.request(range.start, range.end), cpu_flags) & ~final
     if not any_of(lacking):
@@ -361,7 +361,7 @@ def walk_hugetlb_range(
             machine.called("hmm_vma_walk_hole")
             range.fill(at, end, 0)
         else:
-            answers, cpu_flags, _ = _answers(machine, range, read_range(machine, root, at, end))
+            answers, cpu_flags, _ = _answers(machine, range, look_at_range(machine, root, at, end))
             asked = range.request(at, at + 1)
             if range.asks and _lacking(asked, cpu_flags[:1])[0]:
                 no_write = not cpu_flags[0] & HMM_PFN_WRITE

@@ -55,7 +55,14 @@ from hmmlab.model.mmu_notifier import mm_has_notifiers
 from hmmlab.model.page import PG_DIRTY, ZERO_PFN, page_rows, pfn_to_page, set_flags, some_rows
 from hmmlab.model.page_alloc import alloc_pages
 from hmmlab.model.page_ref import get_page
-from hmmlab.model.page_table import alloc_tables, huge_blocks, read_range, rows_of, rows_of_range
+from hmmlab.model.page_table import (
+    alloc_tables,
+    huge_blocks,
+    look_at_range,
+    read_range,
+    rows_of,
+    rows_of_range,
+)
 from hmmlab.model.rmap import page_add_file_rmap, page_add_new_anon_rmap
 from hmmlab.model.rows import Rows, as_rows, row_numbers, unique_rows
 from hmmlab.model.swap_fault import do_swap_page
@@ -93,7 +100,7 @@ def audiences(
     """
     if stop - start < 2 or not mm_has_notifiers(machine, vma.mm):
         return ((start, stop),)
-    words = read_range(machine, mm_root(machine, vma.mm), start, stop)
+    words = look_at_range(machine, mm_root(machine, vma.mm), start, stop)
     marks = marks_of(words)
     private = is_device_private(marks)
     if not any_of(private):

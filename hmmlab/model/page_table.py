@@ -42,6 +42,7 @@ __all__ = [
     "free_root",
     "has_table",
     "huge_blocks",
+    "look_at_range",
     "new_root",
     "populated_pmds",
     "read_range",
@@ -155,8 +156,8 @@ def alloc_tables(machine: Machine, root: int, start: int, stop: int, level: str 
             table = table_of(machine, root, at, upper) * ENTRIES
             rows = slice(table + index(at, upper), table + index(end - 1, upper) + 1)
             words = machine[upper][rows]
-            if not words.all():
-                missing = np.flatnonzero(words == 0)
+            if np.count_nonzero(words) < words.size:
+                missing = (words == 0).nonzero()[0]
                 tables = _new_tables(machine, _BELOW[upper], missing.size)
                 machine.write(upper, rows.start + missing, _point_to(tables))
             at = end
@@ -218,9 +219,14 @@ def _walk_scattered(words: Words, start: int, stop: int) -> Iterator[Run]:
 
 def read_range(state: State, root: int, start: int, stop: int) -> Words:
     """Words of pages ``start`` to ``stop - 1``, uint64 of shape (stop - start,), 0 in holes."""
+    return look_at_range(state, root, start, stop).copy()
+
+
+def look_at_range(state: State, root: int, start: int, stop: int) -> Words:
+    """As :func:`read_range`, and maybe a view of the column: good until a word is changed."""
     runs = list(walk(state, root, start, stop))
     if len(runs) == 1 and runs[0].row >= 0:
-        return state["pte"][runs[0].row : runs[0].row + stop - start].copy()
+        return state["pte"][runs[0].row : runs[0].row + stop - start]
     words = np.zeros(max(stop - start, 0), np.uint64)
     for run in runs:
         if run.row >= 0:
@@ -311,12 +317,13 @@ def free_pgtables(
         for base, table in _tables_of(machine, root, low, high, upper):
             at, end = max(low, base), min(high, base + span * ENTRIES)
             first = table * ENTRIES + index(at, upper)
-            rows = first + np.flatnonzero(machine[upper][first : first + (end - at) // span])
-            if rows.size:
-                tables = (machine[upper][rows] >> np.uint64(PAGE_SHIFT)).astype(np.int64)
+            rows = slice(first, first + (end - at) // span)
+            tables = (machine[upper][rows] >> np.uint64(PAGE_SHIFT)).view(np.int64)
+            tables = tables[tables.nonzero()[0]]
+            if tables.size:
                 machine.write(upper, rows, 0)
                 _give_back(machine, level, tables)
-                freed += rows.size
+                freed += tables.size
     return freed
 
 
@@ -329,7 +336,7 @@ def _tables_of(state: State, root: int, start: int, stop: int, level: str) -> li
             first = max(start - base, 0) // pages
             last = min(-(-(stop - base) // pages), ENTRIES)
             words = state[upper][table * ENTRIES + first : table * ENTRIES + last]
-            for entry in np.flatnonzero(words).tolist():
+            for entry in words.nonzero()[0].tolist():
                 below.append((base + (first + entry) * pages, _pointed(words[entry])))
         found = below
     return found

@@ -106,11 +106,16 @@ def _zap(
         rows: Rows = slice(row + used.start, row + used.stop)
     else:
         rows = as_rows(row + used)
-    words = machine["pte"][rows].copy()
+    words = machine["pte"][rows]  # no copy: all that they say is asked before they are emptied
     marks, named = marks_and_pfns(words)
     present = is_present(marks)
     normal = present & ((marks & np.uint64(SPECIAL)) == 0)
     private = ~present & is_device_private(marks)
+    dirty = some(named, normal & ((marks & np.uint64(DIRTY)) != 0))
+    held = slots = named[:0]
+    if not all_of(present):
+        held = some(named, ~present & is_device_exclusive(marks))  # mapped nowhere
+        slots = swap_offset(some(words, is_swapped(marks)))
     machine.write("pte", rows, 0)
     mapped = some(named, normal | private)
     at = pfn_to_page(machine, mapped)
@@ -119,7 +124,6 @@ def _zap(
         all_of_them = some_of_them.size == mapped.size
         return at if all_of_them else pfn_to_page(machine, some_of_them)
 
-    dirty = some(named, normal & ((marks & np.uint64(DIRTY)) != 0))
     dirty_rows = pages_of(dirty)
     written = any_of((alike(machine["page.flags"][dirty_rows]) & np.uint32(PG_ANON)) == 0)
     cached = page_mapping(machine, dirty, dirty_rows)
@@ -131,13 +135,9 @@ def _zap(
         tlb.remove_pages(freed, pages_of(freed), huge=huge)
     if any_of(private):
         put_page(machine, some(named, private))
-    if not all_of(present):
-        exclusive = ~present & is_device_exclusive(marks)
-        if any_of(exclusive):  # mapped nowhere, but held
-            put_page(machine, some(named, exclusive))
-        swapped = is_swapped(marks)
-        if any_of(swapped):
-            free_swap_and_cache(machine, swap_offset(some(words, swapped)))
+    put_page(machine, held)
+    if slots.size:
+        free_swap_and_cache(machine, slots)
     first, last = first_and_last(used)
     yield machine.step("{range}: no longer mapped.", vma.mm, start + first, start + last + 1)
     return written
