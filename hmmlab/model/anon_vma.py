@@ -20,6 +20,7 @@ from hmmlab.model.mm_types import (
     next_order,
     vma_at,
 )
+from hmmlab.model.rows import as_rows
 from hmmlab.model.state import State
 
 __all__ = [
@@ -94,15 +95,14 @@ def unlink_anon_vmas(machine: Machine, vma: Vma) -> None:
     """Take a mapping out of every anon_vma."""
     links = anon_vma_chain(machine, vma)
     if links.size:
-        left = machine["avc.anon_vma"][links].copy()
+        left, rows = machine["avc.anon_vma"][links], as_rows(links)
         for column in ("vma", "anon_vma", "age", "order"):
-            machine.write(f"avc.{column}", links, 0)
+            machine.write(f"avc.{column}", rows, 0)
         used = machine["avc.anon_vma"]
         used = used[used.nonzero()[0]]
         empty = left[~(left[:, None] == used).any(axis=1)]
-        if empty.size:
-            parents = machine["anon_vma.parent"][empty].astype(np.int64)
-            machine.add("anon_vma.children", parents, -1)
+        for parent in machine["anon_vma.parent"][empty].tolist():
+            machine.add("anon_vma.children", parent, -1)
     if vma.anon_vma:
         machine.add("anon_vma.active", vma.anon_vma, -1)
         machine.write("vma.anon_vma", vma.row, 0)

@@ -48,7 +48,7 @@ from hmmlab.model.page import (
 from hmmlab.model.page_alloc import alloc_pages
 from hmmlab.model.page_ref import put_page
 from hmmlab.model.rmap import page_add_new_anon_rmap, page_remove_rmap
-from hmmlab.model.rows import Rows, as_rows, unique_rows
+from hmmlab.model.rows import Rows, unique_rows
 from hmmlab.model.swap import free_swap_cache, give_up_swap
 from hmmlab.model.tlb import ptep_clear_flush_notify
 
@@ -173,8 +173,7 @@ def wp_page_copy(machine: Machine, vma: Vma, faults: VmFault, at: Rows) -> Routi
     the rows of the faults' frames.
     """
     vma = anon_vma_prepare(machine, vma)
-    new = alloc_pages(machine, faults.vpns.size)
-    pages = as_rows(new)
+    new, pages = alloc_pages(machine, faults.vpns.size)
     machine.write("page.content", pages, machine["page.content"][at])
     range = MmuNotifierRange.each(vma.mm, Event.CLEAR, faults.vpns, vma=vma.row)
     yield from invalidate_range_start(machine, range)

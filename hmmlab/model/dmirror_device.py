@@ -155,7 +155,7 @@ class DmirrorDevice:
     def alloc_pages(self, count: int, file: int) -> Pfns:
         """Up to ``count`` device frames for ``file``, locked, in the order of handing out."""
         machine, taken = self.machine, []
-        backing = np.zeros(0, np.int64) if self.coherent else alloc_pages(machine, count)
+        backing = np.zeros(0, np.int64) if self.coherent else alloc_pages(machine, count)[0]
         missing = count
         while missing:
             free = int(machine["dmirror_device.free"][self.unit])
@@ -218,8 +218,7 @@ class DmirrorDevice:
 def fill_dst(machine: Machine, migrate: MigrateVma, wanted: NDArray[np.bool_]) -> None:
     """New, locked frames of RAM as ``dst`` of ``wanted``, with the content of ``src``."""
     src = some(migrate.src, wanted)
-    frames = alloc_pages(machine, src.size)
-    rows = pfn_to_page(machine, frames)
+    frames, rows = alloc_pages(machine, src.size)
     set_flags(machine, frames, PG_LOCKED, rows=rows)
     source = pfn_to_page(machine, backing(machine, migrate_pfn_to_pfn(src)))
     machine.write("page.content", rows, machine["page.content"][source])

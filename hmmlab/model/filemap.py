@@ -147,11 +147,11 @@ def read_pages(machine: Machine, file: int, pages: Pfns) -> Pfns:
         pfns[swapped] = _swap_in(machine, file, pages[swapped], -pfns[swapped])
     missing = pfns == 0
     if missing.any():
-        new = alloc_pages(machine, int(missing.sum()))
+        new, rows = alloc_pages(machine, int(missing.sum()))
         pfns[missing] = new
-        machine.write("page.mapping", as_rows(new), file)
-        machine.write("page.index", as_rows(new), pages[missing])
-        folio_add_lru(machine, new, PG_SWAPBACKED)
+        machine.write("page.mapping", rows, file)
+        machine.write("page.index", rows, pages[missing])
+        folio_add_lru(machine, new, PG_SWAPBACKED, rows=rows)
         machine.write("cache.page", cache_rows(machine, file, pages[missing]), new)
     return pfns
 

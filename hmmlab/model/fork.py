@@ -239,10 +239,9 @@ def _must_copy(machine: Machine, pfns: Pfns, normal: Bools) -> Bools:
 
 def _copied(machine: Machine, child: Vma, vpns: Pfns, pfns: Pfns) -> Words:
     """Words of the child's own copies of some pages (``copy_present_page``)."""
-    new = alloc_pages(machine, pfns.size)
-    content = machine["page.content"][page_rows(machine, pfns)]
-    machine.write("page.content", as_rows(page_rows(machine, new)), content)
-    folio_add_lru(machine, new)
-    page_add_new_anon_rmap(machine, new, child, vpns)
+    new, rows = alloc_pages(machine, pfns.size)
+    machine.write("page.content", rows, machine["page.content"][page_rows(machine, pfns)])
+    folio_add_lru(machine, new, rows=rows)
+    page_add_new_anon_rmap(machine, new, child, vpns, rows=rows)
     writable = RW if child.flags & VM_WRITE else 0
     return present_word(new, vm_page_prot(child.flags) | DIRTY | SOFT_DIRTY | writable)

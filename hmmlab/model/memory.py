@@ -274,8 +274,7 @@ def do_anonymous_page(
         )
         return
     vma = anon_vma_prepare(machine, vma)
-    pfns = alloc_pages(machine, vpns.size)
-    pages = as_rows(pfns)
+    pfns, pages = alloc_pages(machine, vpns.size)
     folio_add_lru(machine, pfns, rows=pages)
     page_add_new_anon_rmap(machine, pfns, vma, vpns, rows=pages)
     machine.write("pte", rows, present_word(pfns, born_dirty(vma, prot)))
@@ -296,10 +295,10 @@ def do_fault(machine: Machine, vma: Vma, vpns: Pfns, rows: Rows, write: bool) ->
     if write and not vma.flags & VM_SHARED:
         vma = anon_vma_prepare(machine, vma)
         content = machine["page.content"][page_rows(machine, pfns)]
-        pfns = alloc_pages(machine, vpns.size)
-        machine.write("page.content", as_rows(page_rows(machine, pfns)), content)
-        folio_add_lru(machine, pfns)
-        page_add_new_anon_rmap(machine, pfns, vma, vpns)
+        pfns, new = alloc_pages(machine, vpns.size)
+        machine.write("page.content", new, content)
+        folio_add_lru(machine, pfns, rows=new)
+        page_add_new_anon_rmap(machine, pfns, vma, vpns, rows=new)
         how = "a write to a private page of a file: a copy of its own is mapped."
     else:
         get_page(machine, pfns)

@@ -370,10 +370,10 @@ def migrate_device_coherent_pages(machine: Machine, pfns: Pfns) -> Routine[None]
     with machine.bulk(pfns.size):
         yield from migrate_device_unmap(machine, migrate)
     wanted = np.flatnonzero(migrate.migrating)
-    new = alloc_pages(machine, wanted.size)
-    set_flags(machine, new, PG_LOCKED)
+    new, rows = alloc_pages(machine, wanted.size)
+    set_flags(machine, new, PG_LOCKED, rows=rows)
     content = machine["page.content"][page_rows(machine, pfns[wanted])]
-    machine.write("page.content", as_rows(new), content)
+    machine.write("page.content", rows, content)
     migrate.dst[wanted] = migrate_pfn(new)
     yield from _migrate_pages(machine, migrate)
     yield from _finalize(machine, migrate)

@@ -59,6 +59,7 @@ __all__ = [
     "vm_page_prot",
     "vma_at",
     "vma_lookup",
+    "vmas_around",
     "vmas_in",
     "vmas_of",
 ]
@@ -248,6 +249,18 @@ def _sorted_rows(state: State, mm: int) -> np.ndarray:
 def vmas_of(state: State, mm: int) -> list[Vma]:
     """All mappings of an address space, by address."""
     return [vma_at(state, row) for row in _sorted_rows(state, mm).tolist()]
+
+
+def vmas_around(
+    state: State, mm: int, start: int, stop: int
+) -> tuple[Vma | None, list[Vma], Vma | None]:
+    """Mappings that overlap pages ``start`` to ``stop - 1``, the one below them, and above them."""
+    rows = _sorted_rows(state, mm)
+    first = int(state["vma.end"][rows].searchsorted(start, "right"))
+    last = int(state["vma.start"][rows].searchsorted(stop, "left"))
+    below = vma_at(state, int(rows[first - 1])) if first else None
+    above = vma_at(state, int(rows[last])) if last < rows.size else None
+    return below, [vma_at(state, row) for row in rows[first:last].tolist()], above
 
 
 def vmas_in(state: State, mm: int, start: int, stop: int) -> Iterator[Vma]:

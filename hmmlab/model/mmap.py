@@ -38,6 +38,7 @@ from hmmlab.model.mm_types import (
     vm_page_prot,
     vma_at,
     vma_lookup,
+    vmas_around,
     vmas_in,
     vmas_of,
 )
@@ -127,7 +128,7 @@ def sys_mmap(
         elif kind == "hugetlb":
             vma = yield from _map_hugetlb(machine, mm, start, start + pages, flags)
         elif kind == "mixed":
-            pfns = alloc_pages(machine, pages)
+            pfns, _ = alloc_pages(machine, pages)
             file = open_mapped_file(machine, device_file)
             flags |= VM_MIXEDMAP
             vma = new_vma(machine, mm, start, start + pages, flags, 0, file)
@@ -206,15 +207,15 @@ def sys_munmap(machine: Machine, mm: int, start: int, stop: int) -> Routine[None
 
 def do_munmap(machine: Machine, mm: int, start: int, stop: int) -> Routine[None]:
     """Cut the mappings at the borders, empty what lies between, and free its tables."""
-    for edge in (start, stop):
-        vma = vma_lookup(machine, mm, edge)
-        if vma and vma.start < edge:
-            yield from split_vma(machine, vma, edge)
-    doomed = list(vmas_in(machine, mm, start, stop))
+    below, doomed, above = vmas_around(machine, mm, start, stop)
     if not doomed:
         return
-    above, _ = find_vma_prev(machine, mm, doomed[-1].end)
-    _, below = find_vma_prev(machine, mm, doomed[0].start)
+    if doomed[0].start < start or stop < doomed[-1].end:
+        for edge in (start, stop):
+            vma = vma_lookup(machine, mm, edge)
+            if vma and vma.start < edge:
+                yield from split_vma(machine, vma, edge)
+        below, doomed, above = vmas_around(machine, mm, start, stop)
     lru_add_drain(machine)
     tlb = MmuGather(machine, mm)
     yield from unmap_vmas(machine, tlb, mm, doomed, start, stop)

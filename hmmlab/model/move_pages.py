@@ -140,7 +140,7 @@ def _move_small(machine: Machine, pfns: Pfns, vpns: Pfns, node: int) -> Routine[
     get_page(machine, pfns)
     yield from try_to_migrate(machine, pfns, vpns)
     held = _held(machine, pfns)
-    new = alloc_pages(machine, int((~held).sum()), node)
+    new, _ = alloc_pages(machine, int((~held).sum()), node)
     _take_over(machine, pfns[~held], new, vpns[~held], drains=new.size)
     _put_back(machine, pfns[held])
     put_page(machine, pfns)

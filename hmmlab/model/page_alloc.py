@@ -61,8 +61,10 @@ def free_ram(state: Machine) -> int:
     return state.ram_pages - int(used.sum())
 
 
-def alloc_pages(machine: Machine, count: int, node: int = 0) -> Pfns:
+def alloc_pages(machine: Machine, count: int, node: int = 0) -> tuple[Pfns, Rows]:
     """``count`` zeroed frames with one reference each, from ``node`` or else from the other.
+
+    Returns their numbers and their rows.
 
     Raises
     ------
@@ -88,16 +90,16 @@ def alloc_pages(machine: Machine, count: int, node: int = 0) -> Pfns:
             break
     if missing:
         raise KernelError(12, f"{count} frames wanted, RAM has {count - missing} left")
+    parts = [pfns for _, pfns in sorted(recycled + fresh, key=lambda part: part[0] != node)]
+    taken = parts[0] if len(parts) == 1 else np.concatenate(parts or [np.zeros(0, np.int64)])
+    rows = as_rows(taken)
     for zone, pfns in recycled:
         machine.add("zone.free", zone, -pfns.size)
-        rows = as_rows(pfns)
-        machine.write("page.content", rows, 0)
-        machine.write("page.refcount", rows, 1)
+        machine.write("page.content", rows if pfns is taken else as_rows(pfns), 0)
     for zone, pfns in fresh:
         machine.add("zone.used", zone, pfns.size)
-        machine.write("page.refcount", as_rows(pfns), 1)
-    taken = [pfns for _, pfns in sorted(recycled + fresh, key=lambda part: part[0] != node)]
-    return taken[0] if len(taken) == 1 else np.concatenate(taken or [np.zeros(0, np.int64)])
+    machine.write("page.refcount", rows, 1)
+    return taken, rows
 
 
 def alloc_huge_pages(machine: Machine, count: int, node: int = 0) -> Pfns:

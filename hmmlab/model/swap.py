@@ -153,9 +153,9 @@ def _read(machine: Machine, slots: Pfns, wanted: int) -> None:
     slots = slots[machine["swap.cache"][slots] == 0]
     if not slots.size:
         return
-    pfns = alloc_pages(machine, slots.size)
-    machine.write("page.content", as_rows(pfns), machine["swap.content"][slots])
-    folio_add_lru(machine, pfns, PG_SWAPBACKED)
+    pfns, rows = alloc_pages(machine, slots.size)
+    machine.write("page.content", rows, machine["swap.content"][slots])
+    folio_add_lru(machine, pfns, PG_SWAPBACKED, rows=rows)
     ahead = pfns[slots != wanted]
     if ahead.size:
         set_flags(machine, ahead, PG_READAHEAD)

@@ -164,9 +164,9 @@ def _map_swapped(
     pfns = machine["swap.cache"][slots]
     fresh = pfns == 0
     if any_of(fresh):
-        new = alloc_pages(machine, int(fresh.sum()))
-        machine.write("page.content", as_rows(new), machine["swap.content"][slots[fresh]])
-        folio_add_lru(machine, new, PG_SWAPBACKED)
+        new, pages = alloc_pages(machine, int(fresh.sum()))
+        machine.write("page.content", pages, machine["swap.content"][slots[fresh]])
+        folio_add_lru(machine, new, PG_SWAPBACKED, rows=pages)
         pfns[fresh] = new
     get_page(machine, pfns[~fresh])  # the mapping's; a fresh frame has it from the start
     swap_free(machine, slots)

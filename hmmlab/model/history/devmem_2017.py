@@ -335,8 +335,8 @@ def hmm_devmem_page_get_drvdata(state: State, page: Pfns) -> NDArray[np.uint64]:
 def hmm_vma_alloc_locked_page(machine: Machine, vma: Vma, addr: Pfns) -> Pfns:
     """New frames of RAM for pages ``addr`` of a mapping, locked; none where RAM is used up."""
     try:
-        pfns = alloc_pages(machine, addr.size)
+        pfns, rows = alloc_pages(machine, addr.size)
     except KernelError:
         return np.zeros(0, np.int64)
-    set_flags(machine, pfns, PG_LOCKED)
+    set_flags(machine, pfns, PG_LOCKED, rows=rows)
     return pfns

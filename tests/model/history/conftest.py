@@ -121,7 +121,7 @@ def use_up_ram(machine):
     def use_up():
         free = int(machine["zone.free"][:2].sum())
         unused = machine.ram_pages - int(machine["zone.used"][:2].sum())
-        taken = alloc_pages(machine, free + unused)
+        taken, _ = alloc_pages(machine, free + unused)
         return lambda: put_page(machine, taken)
 
     return use_up
