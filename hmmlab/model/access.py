@@ -21,6 +21,7 @@ from hmmlab.model.entry import (
     Words,
     marks_of,
     pfn_of,
+    pfns_beside,
     repeats_device_private,
 )
 from hmmlab.model.exclusive import make_device_exclusive
@@ -134,16 +135,17 @@ def _may_access(vma: Vma, *, write: bool) -> bool:
 def _access_in_vma(
     machine: Machine, vma: Vma, start: int, stop: int, values: Words | None
 ) -> Routine[Words]:
-    words = yield from _touch(machine, vma, start, stop, values is not None, do_user_addr_fault)
-    marks = np.uint64(ACCESSED if values is None else ACCESSED | DIRTY)
-    if np.bitwise_and.reduce(words) & marks != marks:
+    write = values is not None
+    words, marks = yield from _touch(machine, vma, start, stop, write, do_user_addr_fault)
+    frames = pfn_to_page(machine, pfns_beside(words, marks))
+    age = np.uint64(ACCESSED | DIRTY if write else ACCESSED)
+    if any_of((marks & age) != age):
         # The CPU's page walker does this, without the kernel.
         rows = rows_of_range(machine, mm_root(machine, vma.mm), start, stop)
-        machine.write("pte", rows, words | marks)
-    frames = pfn_to_page(machine, pfn_of(words))
+        machine.write("pte", rows, words | age)
     if values is not None:
         machine.write("page.content", frames, values)
-    done = "reads" if values is None else "writes"
+    done = "writes" if write else "reads"
     yield machine.step(f"The CPU {done} {{range}}.", vma.mm, start, stop)
     return machine["page.content"][frames] if values is None else values
 
@@ -157,15 +159,19 @@ def _touch(
     fault: Fault,
     *,
     split: bool = False,
-) -> Routine[Words]:
-    """Fault until every page of a part of a mapping is there; returns the words, maybe a view."""
+) -> Routine[tuple[Words, Words]]:
+    """Fault until every page of a part of a mapping is there.
+
+    Returns the words, maybe a view, and their marks.
+    """
     parts = []
     for low, high in audiences(machine, vma, start, stop, write):
-        words = yield from _touch_alike(machine, vma, low, high, write, fault, split=split)
+        words, marks = yield from _touch_alike(machine, vma, low, high, write, fault, split=split)
         if (low, high) == (start, stop):
-            return words
+            return words, marks
         parts.append(words.copy())
-    return np.concatenate(parts)
+    words = np.concatenate(parts)
+    return words, marks_of(words)
 
 
 def _touch_alike(
@@ -177,7 +183,7 @@ def _touch_alike(
     fault: Fault,
     *,
     split: bool,
-) -> Routine[Words]:
+) -> Routine[tuple[Words, Words]]:
     wanted = np.uint64(PRESENT | RW if write else PRESENT)
     split = split and not vma.flags & VM_HUGETLB
     vpns = np.arange(start, stop)
@@ -191,7 +197,7 @@ def _touch_alike(
         if any_of(lacking):
             lacking = lacking & ~repeats_device_private(words, marks)
         if not any_of(lacking):
-            return words
+            return words, marks
         faulting = some(vpns, lacking)
         if vma.flags & VM_HUGETLB:
             faulting = faulting[leaders_of_blocks(faulting, np.ones(faulting.size, np.bool_))]
@@ -277,7 +283,7 @@ def faultin(
     words = np.zeros(stop - start, np.uint64)
     for first, last in machine.chunks(start, stop):
         with machine.bulk(last - first):
-            part = yield from _touch(machine, vma, first, last, write, fault, split=split)
+            part, _ = yield from _touch(machine, vma, first, last, write, fault, split=split)
             words[first - start : last - start] = part
     return words
 

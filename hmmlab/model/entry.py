@@ -83,6 +83,7 @@ __all__ = [
     "migration_marks",
     "migration_word",
     "pfn_of",
+    "pfns_beside",
     "present_word",
     "repeats_device_private",
     "swap_offset",
@@ -244,6 +245,13 @@ def marks_of(words: Words) -> Words:
     return _marks_and_field(words)[0]
 
 
+def pfns_beside(words: Words, marks: Words) -> Pfns:
+    """The frames that words name, all of them present, whose marks these are."""
+    pfns = words ^ marks
+    pfns >>= np.uint64(PAGE_SHIFT)
+    return pfns.view(np.int64)
+
+
 def marks_and_pfns(words: Words) -> tuple[Words, Pfns]:
     """The marks of words, uint64 of shape (n,), and the frames that they name; 0 for none.
 
@@ -251,9 +259,7 @@ def marks_and_pfns(words: Words) -> tuple[Words, Pfns]:
     """
     marks, field = _marks_and_field(words)
     if field == PFN_MASK:
-        pfns = words ^ marks
-        pfns >>= np.uint64(PAGE_SHIFT)
-        return marks, pfns.view(np.int64)
+        return marks, pfns_beside(words, marks)
     if field:
         return marks, swap_offset_pfn(words)
     named = np.where(has_pfn(marks), swap_offset_pfn(marks), 0)
