@@ -171,7 +171,7 @@ def _name_as_exclusive(machine: Machine, pfns: Pfns, rows: NDArray[np.int64]) ->
     return writable
 
 
-def restore_exclusive_ptes(machine: Machine, vma: Vma, vpns: NDArray[np.int64], rows: Rows) -> None:
+def restore_exclusive_ptes(machine: Machine, vma: Vma, vpns: Rows, rows: Rows) -> None:
     """Let words of ``vpns`` that are device-exclusive entries map their pages again.
 
     Old, and writable only where the entry and the mapping both are.
@@ -188,7 +188,8 @@ def restore_exclusive_ptes(machine: Machine, vma: Vma, vpns: NDArray[np.int64], 
     marks = np.where((entries & SWP_SOFT_DIRTY) != 0, np.uint64(SOFT_DIRTY), np.uint64(0))
     rights = DIRTY | SOFT_DIRTY | (RW if vma.flags & VM_WRITE else 0)
     marks |= np.where(writable, np.uint64(rights), np.uint64(0))
-    page_add_anon_rmap(machine, pfns, vma, vpns[mine], np.zeros(pfns.size, np.bool_))
+    back = row_numbers(vpns)[mine]
+    page_add_anon_rmap(machine, pfns, vma, back, np.zeros(pfns.size, np.bool_))
     machine.write("pte", as_rows(row_numbers(rows)[mine]), present_word(pfns, int(prot)) | marks)
 
 

@@ -6,9 +6,8 @@ Source: kernel/fork.c (``dup_mmap``), mm/memory.c (``copy_page_range`` and what 
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
 
-from hmmlab.model.alike import alike, all_of, any_of, rows_where, some
+from hmmlab.model.alike import alike, all_of, any_of, how_many, part_of, rows_where, some
 from hmmlab.model.anon_vma import anon_vma_fork
 from hmmlab.model.entry import (
     ACCESSED,
@@ -69,9 +68,9 @@ from hmmlab.model.mmu_notifier import (
 from hmmlab.model.page import PG_ANON_EXCLUSIVE, folio_maybe_dma_pinned, page_rows, pfn_to_page
 from hmmlab.model.page_alloc import alloc_pages
 from hmmlab.model.page_ref import get_page
-from hmmlab.model.page_table import alloc_tables, rows_of, set_huge, walk
+from hmmlab.model.page_table import alloc_tables, rows_of, rows_of_range, set_huge, walk
 from hmmlab.model.rmap import page_add_new_anon_rmap, page_dup_rmap
-from hmmlab.model.rows import Rows, as_rows, row_numbers
+from hmmlab.model.rows import Rows, first_and_last, row_numbers, shifted
 from hmmlab.model.swap import swap_duplicate
 from hmmlab.model.tlb import flush_tlb
 from hmmlab.model.vma import insert_after, vm_area_dup
@@ -146,21 +145,23 @@ def copy_page_range(machine: Machine, child: Vma, vma: Vma) -> Routine[None]:
             continue
         alloc_tables(machine, mm_root(machine, child.mm), run.start, run.stop)
         words = machine["pte"][run.row : run.row + run.stop - run.start]
-        used = row_numbers(rows_where(words != 0, words.size))
-        parts = [(0, used.size)] if run.huge else machine.chunks(0, used.size)
+        there = words != 0
+        used, count = rows_where(there, words.size), how_many(there, words.size)
+        parts = [(0, count)] if run.huge else machine.chunks(0, count)
         for first, last in parts:
-            part = used[first:last]
+            part = part_of(used, first, last)
             try:
-                _copy_words(machine, child, vma, run.start + part, as_rows(run.row + part))
+                _copy_words(machine, child, vma, shifted(part, run.start), shifted(part, run.row))
             except KernelError:
                 if cow:
                     yield from invalidate_range_end(machine, range)
                 raise
+            low, high = first_and_last(part)
             yield machine.step(
                 "The child maps what {range} map{s}" + (", and neither may write." if cow else "."),
                 vma.mm,
-                run.start + int(part[0]),
-                run.start + int(part[-1]) + 1,
+                run.start + low,
+                run.start + high + 1,
             )
         if run.huge:
             for at in np.arange(run.start, run.stop, PMD_PAGES).tolist():  # over PMD words
@@ -176,27 +177,28 @@ def _split_pinned(machine: Machine, vma: Vma) -> Routine[None]:
             continue
         words = machine["pte"][run.row : run.row + run.stop - run.start]
         normal = (words & SPECIAL) == 0
-        pinned = run.start + np.flatnonzero(_must_copy(machine, pfn_of(words), normal))
+        pfns = np.where(normal, pfn_of(words), 0)
+        copied = _must_copy(machine, pfns, normal, pfn_to_page(machine, pfns))
+        pinned = run.start + np.flatnonzero(copied)
         for block in np.unique(pinned // PMD_PAGES).tolist():  # over PMD words
             yield from split_huge_pmd(machine, vma, block * PMD_PAGES)
 
 
-def _copy_words(
-    machine: Machine, child: Vma, vma: Vma, vpns: NDArray[np.int64], rows: Rows
-) -> None:
+def _copy_words(machine: Machine, child: Vma, vma: Vma, vpns: Rows, rows: Rows) -> None:
     """Copy the words of ``vpns``, none of them empty, which are in ``rows`` of the parent."""
     restore_exclusive_ptes(machine, vma, vpns, rows)
     words = machine["pte"][rows].copy()
-    if is_cow_mapping(vma.flags):
-        words = _write_protected(words)
     marks, pfns = marks_and_pfns(words)
     present = is_present(marks)
     normal = present & ((marks & np.uint64(SPECIAL)) == 0)
     private = ~present & is_device_private(marks)
-    pinned = _must_copy(machine, pfns, normal)
+    at = pfn_to_page(machine, pfns if all_of(normal) else np.where(normal, pfns, 0))
+    pinned = _must_copy(machine, pfns, normal, at)
     shared = (normal | private) & ~pinned
+    if is_cow_mapping(vma.flags):
+        words = _write_protected(words, marks)
     clean = DIRTY if vma.flags & VM_SHARED else 0
-    copies = words & np.uint64(~(ACCESSED | clean) & _ALL)
+    copies = words ^ (marks & np.uint64(ACCESSED | clean))
     if not all_of(present):
         copies = np.where(present, copies, words)
         swapped = is_swapped(words)
@@ -205,21 +207,29 @@ def _copy_words(
             copies[swapped] = words[swapped]
             swap_duplicate(machine, swap_offset(words[swapped]))
     frames = some(pfns, shared)
-    pages = pfn_to_page(machine, frames)
+    pages = at if all_of(normal & shared) else pfn_to_page(machine, frames)
     get_page(machine, frames, pages)
     page_dup_rmap(machine, frames, pages)
     if any_of(pinned):
         mine = rows_where(pinned, pfns.size)
         words[mine] = machine["pte"][rows][mine]  # a pinned page stays the parent's own
-        copies[mine] = _copied(machine, child, vpns[mine], pfns[mine])
+        copies[mine] = _copied(machine, child, row_numbers(vpns)[mine], pfns[mine])
     machine.write("pte", rows, words)
-    machine.write("pte", rows_of(machine, mm_root(machine, child.mm), vpns), copies)
+    root = mm_root(machine, child.mm)
+    if isinstance(vpns, slice):
+        rows = rows_of_range(machine, root, vpns.start, vpns.stop)
+    else:
+        rows = rows_of(machine, root, row_numbers(vpns))
+    machine.write("pte", rows, copies)
 
 
-def _write_protected(words: Words) -> Words:
-    """Words without the right to write; a device entry loses its soft-dirty bit with it."""
-    if np.bitwise_and.reduce(words) & np.uint64(PRESENT):
-        return words & np.uint64(~RW & _ALL)
+def _write_protected(words: Words, marks: Words) -> Words:
+    """Words, which have these ``marks``, without the right to write.
+
+    A device entry loses its soft-dirty bit with it.
+    """
+    if all_of(marks & np.uint64(PRESENT)):
+        return words ^ (marks & np.uint64(RW))
     present = is_present(words)
     protected = np.where(present, words & np.uint64(~RW & _ALL), words)
     writable = is_swap_type(words) & (swap_type(words) == SWP_DEVICE_WRITE)
@@ -227,11 +237,11 @@ def _write_protected(words: Words) -> Words:
     return protected
 
 
-def _must_copy(machine: Machine, pfns: Pfns, normal: Bools) -> Bools:
-    """Which pages may be pinned, so that the child must not share them; or one for all."""
-    if not all_of(normal):
-        pfns = np.where(normal, pfns, 0)
-    rows = pfn_to_page(machine, pfns)
+def _must_copy(machine: Machine, pfns: Pfns, normal: Bools, rows: Rows) -> Bools:
+    """Which pages may be pinned, so that the child must not share them; or one for all.
+
+    ``rows`` are those of the frames, of frame 0 where they are not ``normal``.
+    """
     flags = alike(machine["page.flags"][rows])
     exclusive = normal & ((flags & np.uint32(PG_ANON_EXCLUSIVE)) != 0)
     return exclusive & folio_maybe_dma_pinned(machine, pfns, rows)

@@ -9,6 +9,7 @@ import contextlib
 
 import numpy as np
 
+from hmmlab.model.alike import all_of, any_of, how_many
 from hmmlab.model.entry import (
     DIRTY,
     PRESENT,
@@ -25,6 +26,7 @@ from hmmlab.model.entry import (
     Bools,
     Words,
     is_present,
+    marks_of,
     pfn_of,
     swap_offset,
     swap_type,
@@ -180,11 +182,12 @@ def change_protection(
             for row in np.arange(run.row, end, BLOCK).tolist():  # over blocks
                 rows = slice(row, min(row + BLOCK, end))
                 words = machine["pte"][rows]
-                protected = _protected(machine, vma, words, try_writable and not run.huge)
-                differ = protected != words
-                changed += int(np.count_nonzero(differ))
-                tlb.cleared |= bool((differ & pte_accessible(words)).any())
-                machine.write("pte", rows, protected)
+                marks = marks_of(words)
+                change = _change(machine, vma, words, marks, try_writable and not run.huge)
+                differ = change != 0
+                changed += how_many(differ, words.size)
+                tlb.cleared |= any_of(differ & pte_accessible(marks))
+                machine.write("pte", rows, words ^ change)
         yield machine.step(
             f"{{range}}: {changed} words have the rights of {vma.permissions} now.",
             vma.mm,
@@ -203,24 +206,26 @@ def _wants_writenotify(flags: int, before: int) -> bool:
     return tracked and vm_page_prot(before) == vm_page_prot(flags | VM_SOFTDIRTY)
 
 
-def _protected(machine: Machine, vma: Vma, words: Words, try_writable: bool) -> Words:
-    """Words with the rights that the mapping has now (``change_pte_range``).
+def _change(machine: Machine, vma: Vma, words: Words, marks: Words, try_writable: bool) -> Words:
+    """The bits of words that change by the rights that the mapping has now; maybe one for all.
 
-    A huge one never becomes writable here: its next write fault makes it so.
+    ``marks`` are theirs. A huge one never becomes writable here: its next write fault makes it so
+    (``change_pte_range``).
     """
-    if not vma.flags & VM_WRITE and np.bitwise_and.reduce(words) & np.uint64(PRESENT):
-        return with_protection(words, vm_page_prot(vma.flags))
+    prot = vm_page_prot(vma.flags)
+    if not vma.flags & VM_WRITE and prot & PRESENT and all_of(marks & np.uint64(PRESENT)):
+        return marks ^ with_protection(marks, prot)
     present = is_present(words)
     changed = words.copy()
     if present.any():
-        new = with_protection(words[present], vm_page_prot(vma.flags))
+        new = with_protection(words[present], prot)
         if try_writable:
             new = np.where(_may_be_writable(machine, vma, new), new | np.uint64(RW), new)
         changed[present] = new
     special = np.flatnonzero(~present & (words != 0))
     if special.size:
         changed[special] = _write_protected(words[special])
-    return changed
+    return words ^ changed
 
 
 def _may_be_writable(machine: Machine, vma: Vma, words: Words) -> Bools:

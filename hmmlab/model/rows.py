@@ -13,6 +13,7 @@ __all__ = [
     "descend",
     "first_and_last",
     "row_numbers",
+    "shifted",
     "unique_rows",
 ]
 
@@ -58,6 +59,13 @@ def as_rows(rows: NDArray[np.int64]) -> Rows:
     if first - last == rows.size - 1 and last and descend(rows):
         return slice(first, last - 1, -1)
     return rows
+
+
+def shifted(rows: slice | NDArray[np.int64], by: int) -> Rows:
+    """``rows``, ascending where they are a slice, each ``by`` more."""
+    if isinstance(rows, slice):
+        return slice(rows.start + by, rows.stop + by)
+    return as_rows(rows + by)
 
 
 def ascend(rows: NDArray[np.int64]) -> bool:

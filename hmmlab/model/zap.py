@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from hmmlab.model.alike import alike, all_of, any_of, part_of, rows_where, some
+from hmmlab.model.alike import alike, all_of, any_of, how_many, part_of, rows_where, some
 from hmmlab.model.entry import (
     DIRTY,
     SPECIAL,
@@ -32,7 +32,7 @@ from hmmlab.model.page import PG_ANON, PG_DIRTY, page_mapping, page_rows, pfn_to
 from hmmlab.model.page_ref import put_page
 from hmmlab.model.page_table import drop_table, walk
 from hmmlab.model.rmap import page_remove_rmap
-from hmmlab.model.rows import Rows, as_rows, first_and_last, unique_rows
+from hmmlab.model.rows import Rows, first_and_last, shifted, unique_rows
 from hmmlab.model.swap import free_swap_and_cache
 from hmmlab.model.tlb import MmuGather
 
@@ -68,8 +68,7 @@ def unmap_page_range(
             frames = page_rows(machine, np.where(is_present(words), pfn_of(words), 0))
             anon = (machine["page.flags"][frames] & PG_ANON) != 0
             chosen &= is_present(words) & ~anon
-        used = rows_where(chosen, words.size)
-        count = used.stop if isinstance(used, slice) else used.size
+        used, count = rows_where(chosen, words.size), how_many(chosen, words.size)
         parts = [(0, count)] if run.huge and count else machine.chunks(0, count)
         table, written = -1, False
         for first, last in parts:
@@ -102,10 +101,7 @@ def _zap(
     Of ``huge`` words these are whole PMD words, which have one mapping each. Returns whether a page
     of a file was written through them: nobody may write to it any more before its lock is given up.
     """
-    if isinstance(used, slice):
-        rows: Rows = slice(row + used.start, row + used.stop)
-    else:
-        rows = as_rows(row + used)
+    rows = shifted(used, row)
     words = machine["pte"][rows]  # no copy: all that they say is asked before they are emptied
     marks, named = marks_and_pfns(words)
     present = is_present(marks)
