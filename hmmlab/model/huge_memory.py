@@ -52,7 +52,7 @@ from hmmlab.model.page_alloc import alloc_huge_pages
 from hmmlab.model.page_table import (
     alloc_tables,
     has_table,
-    huge_blocks,
+    is_huge,
     rows_of_range,
     set_huge,
     table_of,
@@ -233,7 +233,7 @@ def split_huge_pmds_across(machine: Machine, vma: Vma, edges: Iterable[int]) -> 
     root = mm_root(machine, vma.mm)
     for edge in edges:
         first = align_down(edge, PMD_PAGES)
-        if edge != first and huge_blocks(machine, root, np.array([edge]))[0]:
+        if edge != first and is_huge(machine, root, edge):
             yield from split_huge_pmd(machine, vma, first)
 
 
@@ -251,7 +251,7 @@ def split_huge_pmd(
     range = MmuNotifierRange.one(vma.mm, Event.CLEAR, first, last, vma=vma.row, order=key)
     yield from invalidate_range_start(machine, range)
     root = mm_root(machine, vma.mm)
-    huge = bool(huge_blocks(machine, root, np.array([first]))[0])
+    huge = is_huge(machine, root, first)
     if huge:
         rows = rows_of_range(machine, root, first, last)
         machine.write("pte", rows, _split_words(machine, vma, machine["pte"][rows], freeze))

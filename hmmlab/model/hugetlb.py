@@ -52,7 +52,7 @@ from hmmlab.model.page_ref import get_page, put_page
 from hmmlab.model.page_table import (
     alloc_tables,
     drop_table,
-    huge_blocks,
+    is_huge,
     rows_of_range,
     set_huge,
     walk,
@@ -223,7 +223,7 @@ def _alloc_huge_page(machine: Machine, vma: Vma, vpn: int, *, avoid_reserve: boo
 def hugetlb_fault(machine: Machine, vma: Vma, vpn: int, write: bool) -> Routine[bool]:
     """Make the huge page around ``vpn`` present, or writable. False when the pool has none left."""
     root, first = mm_root(machine, vma.mm), align_down(vpn, PMD_PAGES)
-    if not huge_blocks(machine, root, np.array([first]))[0]:
+    if not is_huge(machine, root, first):
         return (yield from _hugetlb_no_page(machine, vma, first, write))
     rows = rows_of_range(machine, root, first, first + PMD_PAGES)
     words = machine["pte"][rows]

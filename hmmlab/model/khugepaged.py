@@ -47,7 +47,7 @@ from hmmlab.model.mmu_notifier import (
 from hmmlab.model.page import frames_of, is_zone_device, page_rows
 from hmmlab.model.page_alloc import alloc_huge_pages
 from hmmlab.model.page_ref import put_page
-from hmmlab.model.page_table import has_table, huge_blocks, rows_of_range, set_huge, table_of
+from hmmlab.model.page_table import has_table, is_huge, rows_of_range, set_huge, table_of
 from hmmlab.model.rmap import page_add_new_anon_rmap, page_remove_rmap
 from hmmlab.model.rows import as_rows
 from hmmlab.model.swap import free_swap_cache
@@ -142,7 +142,7 @@ def khugepaged(machine: Machine) -> Routine[None]:
 def _is_worth_it(machine: Machine, vma: Vma, first: int) -> bool:
     """What khugepaged asks of 2 MiB beyond what a collapse needs (``hpage_collapse_scan_pmd``)."""
     root = mm_root(machine, vma.mm)
-    if not has_table(machine, root, first) or huge_blocks(machine, root, np.array([first]))[0]:
+    if not has_table(machine, root, first) or is_huge(machine, root, first):
         return False
     words = machine["pte"][rows_of_range(machine, root, first, first + PMD_PAGES)]
     normal = is_present(words) & ((words & SPECIAL) == 0)
@@ -163,7 +163,7 @@ def _collapse(machine: Machine, vma: Vma, first: int) -> Routine[ScanResult]:
         return ScanResult.PMD_NULL
     if not has_table(machine, root, first):
         return ScanResult.PMD_NONE
-    if huge_blocks(machine, root, np.array([first]))[0]:
+    if is_huge(machine, root, first):
         return ScanResult.PMD_MAPPED
     rows = rows_of_range(machine, root, first, first + PMD_PAGES)
     words = machine["pte"][rows].copy()

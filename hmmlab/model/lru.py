@@ -108,8 +108,8 @@ def lru_add_drain_all(machine: Machine) -> None:
 
 def _drain(machine: Machine) -> None:
     fill_new(machine)
-    waiting = _waiting(machine)
-    if waiting.size:
+    if machine["lru.lazyfree_count"][0]:
+        waiting = _waiting(machine)
         _wait(machine, waiting[:0])
         _move(machine, waiting)
 

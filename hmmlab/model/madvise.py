@@ -52,7 +52,7 @@ from hmmlab.model.mmu_notifier import (
     invalidate_range_start,
 )
 from hmmlab.model.page import PG_DIRTY, PG_LRU, frames_of, is_zone_device, page_rows, set_flags
-from hmmlab.model.page_table import huge_blocks, walk
+from hmmlab.model.page_table import is_huge, walk
 from hmmlab.model.rows import as_rows, unique_rows
 from hmmlab.model.swap import folio_free_swap, free_swap_and_cache
 from hmmlab.model.tlb import MmuGather, flush_tlb
@@ -215,7 +215,7 @@ def _split_until_shared(
     split. ``by_head`` says that its first frame tells how often it is mapped. A PMD word is flushed
     before its ``marks`` are cleared.
     """
-    if huge_blocks(machine, mm_root(machine, vma.mm), np.array([low]))[0]:
+    if is_huge(machine, mm_root(machine, vma.mm), low):
         word = machine["pte"][row : row + 1]
         if word[0] & np.uint64(SPECIAL):
             return low

@@ -61,7 +61,7 @@ from hmmlab.model.page import (
     set_flags,
 )
 from hmmlab.model.page_ref import get_page, put_page
-from hmmlab.model.page_table import huge_blocks
+from hmmlab.model.page_table import is_huge
 from hmmlab.model.rmap import (
     Mappings,
     huge_page_mappings,
@@ -277,7 +277,7 @@ def _freeze_huge_page(machine: Machine, pfns: Pfns) -> Routine[None]:
     for vma, first, last in huge_page_mappings(machine, pfns):
         if not (machine["page.mapcount"][pfns] > 0).any():
             break
-        huge = huge_blocks(machine, mm_root(machine, vma.mm), np.array([first]))[0]
+        huge = is_huge(machine, mm_root(machine, vma.mm), first)
         yield from split_huge_pmds_at(machine, vma, first, freeze=True)
         range = MmuNotifierRange.one(vma.mm, Event.CLEAR, first, last, vma=vma.row)
         yield from invalidate_range_start(machine, range)

@@ -180,7 +180,7 @@ def _insert_pages(machine: Machine, vma: Vma, pfns: Pfns) -> None:
 
 def close_unmapped_files(machine: Machine) -> Routine[None]:
     """Close device files whose last mapping went in this system call."""
-    for number in np.flatnonzero(machine["device_file.mapped"] < 0).tolist():
+    for number in (machine["device_file.mapped"] < 0).nonzero()[0].tolist():
         machine.write("device_file.mapped", number, 0)
         yield from machine.objects["device_file"][number].close_file()
 

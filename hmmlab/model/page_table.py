@@ -42,6 +42,7 @@ __all__ = [
     "free_root",
     "has_table",
     "huge_blocks",
+    "is_huge",
     "look_at_range",
     "new_root",
     "populated_pmds",
@@ -115,9 +116,9 @@ def _point_to(tables: np.ndarray) -> Words:
     return (tables.astype(np.uint64) << np.uint64(PAGE_SHIFT)) | np.uint64(TABLE)
 
 
-def _pointed(word: int | np.uint64) -> int:
+def _pointed(word: int) -> int:
     """Number of the table that a word points to, 0 for none."""
-    return int(word) >> PAGE_SHIFT
+    return word >> PAGE_SHIFT
 
 
 def new_root(machine: Machine) -> int:
@@ -136,7 +137,7 @@ def table_of(state: State, root: int, vpn: int, level: str) -> int:
     for upper in LEVELS[: LEVELS.index(level)]:
         if not table:
             return 0
-        table = _pointed(state[upper][table * ENTRIES + index(vpn, upper)])
+        table = _pointed(state[upper].item(table * ENTRIES + index(vpn, upper)))
     return table
 
 
@@ -176,7 +177,7 @@ def walk(state: State, root: int, start: int, stop: int) -> Iterator[Run]:
     while at < stop:
         table = root
         for level in ("pgd", "pud"):
-            word = state[level][table * ENTRIES + index(at, level)]
+            word = state[level].item(table * ENTRIES + index(at, level))
             if not word:
                 size = LEVEL_PAGES[level]
                 end = min(stop, align_down(at, size) + size)
@@ -193,9 +194,10 @@ def walk(state: State, root: int, start: int, stop: int) -> Iterator[Run]:
 def _walk_pmd_table(state: State, row: int, start: int, stop: int) -> Iterator[Run]:
     count = -(-stop // PMD_PAGES) - start // PMD_PAGES
     words = state["pmd"][row : row + count]
-    table = _pointed(words[0])
+    first = words.item(0)
+    table = _pointed(first)
     if table and (count == 1 or (words[1:] - words[:-1] == _NEXT_TABLE).all()):  # all in a row
-        huge = bool(int(words[0]) & HUGE)
+        huge = bool(first & HUGE)
         yield Run(start, stop, table * ENTRIES + index(start, "pte"), "pmd", huge)
         return
     yield from _walk_scattered(words, start, stop)
@@ -263,6 +265,12 @@ def populated_pmds(state: State, root: int, start: int, stop: int) -> list[tuple
 # --- huge pages -----------------------------------------------------------------------------------
 
 
+def is_huge(state: State, root: int, vpn: int) -> bool:
+    """Whether a PMD word maps page ``vpn``."""
+    row = word_row(state, root, vpn, "pmd")
+    return row >= 0 and bool(state["pmd"].item(row) & HUGE)
+
+
 def huge_blocks(state: State, root: int, vpns: np.ndarray) -> np.ndarray:
     """Which of ``vpns`` (int64, ascending) a PMD word maps, bool of their shape."""
     if not vpns.size:
@@ -289,7 +297,7 @@ def set_huge(machine: Machine, root: int, first: int, huge: bool) -> None:
 def drop_table(machine: Machine, root: int, first: int) -> None:
     """Empty the PMD word of the 2 MiB from page ``first`` on, and free the table behind it."""
     row = word_row(machine, root, first, "pmd")
-    table = _pointed(machine["pmd"][row])
+    table = _pointed(machine["pmd"].item(row))
     machine.write("pmd", row, 0)
     _give_back(machine, "pte", np.array([table]))
 
@@ -306,6 +314,7 @@ def free_pgtables(
     pages: a table whose span reaches past either still serves a neighbour (``free_pgd_range``).
     """
     freed = 0
+    serving = _tables_of(machine, root, start, stop)
     for level in ("pte", "pmd", "pud"):
         upper = LEVELS[LEVELS.index(level) - 1]
         span = LEVEL_PAGES[upper]
@@ -314,8 +323,10 @@ def free_pgtables(
             low += span
         if high > ceiling:
             high -= span
-        for base, table in _tables_of(machine, root, low, high, upper):
+        for base, table in serving[upper]:
             at, end = max(low, base), min(high, base + span * ENTRIES)
+            if at >= end:
+                continue
             first = table * ENTRIES + index(at, upper)
             rows = slice(first, first + (end - at) // span)
             tables = (machine[upper][rows] >> np.uint64(PAGE_SHIFT)).view(np.int64)
@@ -327,18 +338,21 @@ def free_pgtables(
     return freed
 
 
-def _tables_of(state: State, root: int, start: int, stop: int, level: str) -> list[tuple[int, int]]:
-    """Tables of ``level`` that serve pages ``start`` to ``stop - 1``: first page, and number."""
-    found = [(0, root)] if start < stop else []
-    for upper in LEVELS[: LEVELS.index(level)]:
-        pages, below = LEVEL_PAGES[upper], []
-        for base, table in found:
+def _tables_of(state: State, root: int, start: int, stop: int) -> dict[str, list[tuple[int, int]]]:
+    """Tables above the last level that serve pages ``start`` to ``stop - 1``, by level.
+
+    Each is the first page that it serves, and its number.
+    """
+    found = {"pgd": [(0, root)]}
+    for upper, lower in (("pgd", "pud"), ("pud", "pmd")):
+        pages = LEVEL_PAGES[upper]
+        found[lower] = below = []
+        for base, table in found[upper]:
             first = max(start - base, 0) // pages
             last = min(-(-(stop - base) // pages), ENTRIES)
             words = state[upper][table * ENTRIES + first : table * ENTRIES + last]
             for entry in words.nonzero()[0].tolist():
-                below.append((base + (first + entry) * pages, _pointed(words[entry])))
-        found = below
+                below.append((base + (first + entry) * pages, _pointed(words.item(entry))))
     return found
 
 

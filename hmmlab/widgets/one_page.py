@@ -16,7 +16,7 @@ from hmmlab.model.geometry import PAGE_SHIFT, PMD_PAGES, align_down
 from hmmlab.model.machine import Machine
 from hmmlab.model.mm_types import VM_FLAG_NAMES, mm_root, vma_lookup
 from hmmlab.model.page import PAGE_FLAGS, page_rows
-from hmmlab.model.page_table import huge_blocks, read_range
+from hmmlab.model.page_table import is_huge, read_range
 from hmmlab.model.state import State
 from hmmlab.widgets.reading import page_frames
 
@@ -127,7 +127,7 @@ def _cpu_section(state: State, root: int, vpn: int, words: Words) -> Section:
     if not words[0]:
         return Section(title, [("word", "0", "empty: a touch is a page fault")])
     fields = _PRESENT_FIELDS
-    if huge_blocks(state, root, np.array([vpn]))[0]:
+    if is_huge(state, root, vpn):
         title, fields = "CPU's PMD word, for all 512 pages around", _HUGE_FIELDS
         first = align_down(vpn, PMD_PAGES)
         words = read_range(state, root, first, first + 1) | np.uint64(entry.HUGE)
