@@ -26,9 +26,9 @@ def alike(values: NDArray[Any]) -> NDArray[Any]:
 def any_of(values: NDArray[Any]) -> bool:
     """Whether any of ``values``, of shape (n,) or one for all, is True, or not zero.
 
-    ``values.any()`` says the same, and takes 1.5 microseconds for a single one.
+    ``values.any()`` says the same, and takes a microsecond for a single one.
     """
-    return bool(values[0]) if values.size == 1 else bool(values.any())
+    return bool(values[0]) if values.size == 1 else bool(np.count_nonzero(values))
 
 
 def all_of(values: NDArray[Any]) -> bool:

@@ -27,6 +27,9 @@ __all__ = [
 
 _FIRST_FREE_PFN = 2
 
+#: What is forgotten of a frame that is freed.
+_FORGOTTEN = ("page.flags", "page.mapping", "page.index", "page.compound", "page.private")
+
 Machine.declare("zone.used", np.int64, "frames of a node that were handed out at least once")
 Machine.declare("zone.free", np.int64, "frames of a node on its free list")
 Machine.declare("zone.huge", np.int64, "frames of a node handed out from its end, 512 at a time")
@@ -125,8 +128,8 @@ def alloc_huge_pages(machine: Machine, count: int, node: int = 0) -> Pfns:
 def free_pages(machine: Machine, pfns: Pfns, rows: Rows) -> None:
     """Give frames of RAM back, whose ``rows`` these are."""
     # The content stays until the frame is used again.
-    for column in ("flags", "mapping", "index", "compound", "private"):
-        machine.write(f"page.{column}", rows, 0)
+    for column in _FORGOTTEN:
+        machine.write(column, rows, 0)
     high = node_of(machine, pfns, rows) != 0
     for zone, freed in ((0, some(pfns, ~high)), (1, some(pfns, high))):
         if freed.size:
