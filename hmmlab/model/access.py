@@ -112,7 +112,9 @@ def user_access(
                 end = _reach(machine, vma, at, min(last, vma.end))
                 part = slice(at - start, end - start)
                 new = None if values is None else values[part]
-                data[part] = yield from _access_in_vma(machine, vma, at, end, new)
+                found = yield from _access_in_vma(machine, vma, at, end, new)
+                if values is None:
+                    data[part] = found
                 at = end
     return data
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from hmmlab.model.alike import alike, all_of, any_of, how_many, part_of, rows_where, some
+from hmmlab.model.alike import alike, all_of, any_of, how_many, not_zero, part_of, rows_where, some
 from hmmlab.model.anon_vma import anon_vma_fork
 from hmmlab.model.entry import (
     ACCESSED,
@@ -145,7 +145,7 @@ def copy_page_range(machine: Machine, child: Vma, vma: Vma) -> Routine[None]:
             continue
         alloc_tables(machine, mm_root(machine, child.mm), run.start, run.stop)
         words = machine["pte"][run.row : run.row + run.stop - run.start]
-        there = words != 0
+        there = not_zero(words)
         used, count = rows_where(there, words.size), how_many(there, words.size)
         parts = [(0, count)] if run.huge else machine.chunks(0, count)
         for first, last in parts:

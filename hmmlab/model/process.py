@@ -124,7 +124,7 @@ class Process:
             raise ValueError(f"values of {given.dtype}; expected whole numbers of 64 bits")
         if given.shape not in ((), (1,), (len(where),)):
             raise ValueError(f"{given.size} values for {len(where)} pages of {where.name}")
-        return np.broadcast_to(given.astype(np.uint64), (len(where),)).copy()
+        return np.broadcast_to(given, (len(where),)).astype(np.uint64, order="C")
 
     # --- devices ----------------------------------------------------------------------------------
     def open(self, unit: int = 0, name: str | None = None) -> Dmirror:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from hmmlab.model.alike import alike, all_of, any_of, how_many, part_of, rows_where, some
+from hmmlab.model.alike import alike, all_of, any_of, how_many, not_zero, part_of, rows_where, some
 from hmmlab.model.entry import (
     DIRTY,
     SPECIAL,
@@ -63,11 +63,11 @@ def unmap_page_range(
         if run.row < 0:
             continue
         words = machine["pte"][run.row : run.row + run.stop - run.start]
-        chosen = words != 0
+        chosen = not_zero(words)
         if not even_cows:
             frames = page_rows(machine, np.where(is_present(words), pfn_of(words), 0))
             anon = (machine["page.flags"][frames] & PG_ANON) != 0
-            chosen &= is_present(words) & ~anon
+            chosen = chosen & is_present(words) & ~anon
         used, count = rows_where(chosen, words.size), how_many(chosen, words.size)
         parts = [(0, count)] if run.huge and count else machine.chunks(0, count)
         table, written = -1, False
