@@ -30,6 +30,7 @@ PER_PAGE = ("page.", "zone.free_list", "dmirror_device.free_list")
 def report():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("hmmlab.bench.other._IMPORTS", 1)
+        patch.setattr(rounds, "ENOUGH", 0.0)
         return bench([64])
 
 
@@ -79,7 +80,8 @@ def test_pages_out_of_bounds(capsys, word):
     assert end.value.code == 2 and "--pages" in capsys.readouterr().err
 
 
-def test_a_median_leaves_out_the_first_round_and_tidies_up():
+def test_a_median_leaves_out_the_first_round_and_tidies_up(monkeypatch):
+    monkeypatch.setattr(rounds, "ENOUGH", 0.0)
     told = []
 
     def story():
@@ -94,6 +96,16 @@ def test_a_median_leaves_out_the_first_round_and_tidies_up():
     assert list(found) == ["one", "two"]
     assert [median.rounds for median in found.values()] == [rounds.ROUNDS] * 2
     assert told == ["answer"] * (rounds.ROUNDS + 1) + ["closed"]
+
+
+def test_short_rounds_go_on(monkeypatch):
+    monkeypatch.setattr(rounds, "ENOUGH", 0.05)
+
+    def story():
+        while True:
+            yield "one", lambda: None
+
+    assert rounds.medians(story())["one"].rounds > rounds.ROUNDS
 
 
 def test_without_patience_one_round_must_do(monkeypatch):
@@ -206,7 +218,8 @@ def test_the_textbook_sees_what_the_model_sees():
     assert [pfn & bits for pfn in space.snapshot(0, 8)] == (answer & np.uint64(bits)).tolist()
 
 
-def test_every_party_tells_the_same_story():
+def test_every_party_tells_the_same_story(monkeypatch):
+    monkeypatch.setattr(rounds, "ENOUGH", 0.0)
     stories = [
         rounds.medians(story(16))
         for story in (model.life_of_a_mapping, host.life_of_a_mapping, textbook.life_of_a_mapping)

@@ -8,7 +8,7 @@ fourth at one size:
     copy      numpy, which copies as many bytes as the operation must touch
     loop      a textbook's simulator, a Python loop over pages
 
-Every figure is the median of five rounds after one that does not count.
+Every figure is the median of five rounds or more, after one that does not count.
 """
 
 from __future__ import annotations
