@@ -100,7 +100,8 @@ def _walk_vmas(machine: Machine, mm: int, start: int, stop: int, visit: Visit) -
         end = min(vma.end, stop)
         prev = yield from visit(machine, vma, prev, at, end)
         at = max(end, prev.end)
-        vma = find_vma(machine, mm, prev.end)
+        if at < stop:
+            vma = find_vma(machine, mm, prev.end)
     if not all_mapped:
         raise KernelError(_ENOMEM, f"{machine.names.place(mm, start, stop)}: not all mapped")
 

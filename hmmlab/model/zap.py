@@ -106,10 +106,10 @@ def _zap(
     marks, named = marks_and_pfns(words)
     present = is_present(marks)
     normal = present & ((marks & np.uint64(SPECIAL)) == 0)
-    private = ~present & is_device_private(marks)
     dirty = some(named, normal & ((marks & np.uint64(DIRTY)) != 0))
-    held = slots = named[:0]
+    private, held, slots = np.array([False]), named[:0], named[:0]
     if not all_of(present):
+        private = ~present & is_device_private(marks)
         held = some(named, ~present & is_device_exclusive(marks))  # mapped nowhere
         slots = swap_offset(some(words, is_swapped(marks)))
     machine.write("pte", rows, 0)
