@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import numpy as np
+from numpy.typing import NDArray
 
 from hmmlab.invariants.look import MANY, Look, device_pfns, frames_named, maps_frame
+from hmmlab.model.anon_vma import anon_vma_chain
 from hmmlab.model.entry import (
     RW,
     SWP_DEVICE_WRITE,
@@ -20,6 +22,7 @@ from hmmlab.model.entry import (
 )
 from hmmlab.model.geometry import PMD_PAGES
 from hmmlab.model.memremap import is_device_private_page
+from hmmlab.model.mm_types import VM_MERGEABLE, vmas_of
 from hmmlab.model.page import (
     GUP_PIN_COUNTING_BIAS,
     PG_ANON,
@@ -149,8 +152,11 @@ def exclusive(look: Look) -> Iterator[str]:
 
 
 def reverse(look: Look) -> Iterator[str]:
-    """Who asks a frame's anon_vma, file or KSM node finds all that map it (``rmap_walk``)."""
-    state = look.state
+    """Who asks a frame's anon_vma, file or KSM node finds all that map it (``rmap_walk``).
+
+    All but the relatives of a merged page of whom KSM does not know.
+    """
+    state, counts = look.state, look.counts - _unknown_to_ksm(look)
     rows = np.flatnonzero(look.counts)
     pfns = np.where(rows < state.ram_pages, rows, device_pfns(state, rows))
     flags = state["page.flags"][rows]
@@ -159,9 +165,37 @@ def reverse(look: Look) -> Iterator[str]:
     words = state["pte"][np.maximum(places.row, 0)]
     maps = places.maps & (places.row >= 0) & maps_frame(words)
     found = np.bincount(places.which[maps], minlength=int(known.sum()))
-    for at in np.flatnonzero(found != look.counts[rows[known]])[:MANY].tolist():
+    for at in np.flatnonzero(found != counts[rows[known]])[:MANY].tolist():
         row = int(rows[known][at])
-        yield f"frame row {row} is mapped {look.counts[row]} times, rmap_walk finds {found[at]}"
+        yield f"frame row {row} is mapped {counts[row]} times, rmap_walk finds {found[at]}"
+
+
+def _unknown_to_ksm(look: Look) -> NDArray[np.int64]:
+    """How many words that map each row of the page columns KSM cannot know of.
+
+    Who gives a page to KSM that its parent has too leaves only its own anon_vma there, to which
+    the parent's mapping does not belong. Linux does not find the parent either (mm/ksm.c,
+    ``try_to_merge_with_ksm_page``). What KSM scans itself, it knows.
+    """
+    state, counts = look.state, np.zeros_like(look.counts)
+    if not (state["page.flags"] & PG_KSM).any():
+        return counts
+    items = np.flatnonzero(state["ksm_item.node"])
+    users = np.stack([state["ksm_item.node"][items], state["ksm_item.vpn"][items]])
+    for mm, space in look.spaces.items():
+        maps = np.flatnonzero(maps_frame(space.words))
+        rows, vpns = page_rows(state, frames_named(space.words[maps])), space.vpns[maps]
+        for vma in vmas_of(state, mm):
+            if vma.flags & VM_MERGEABLE:
+                continue
+            inside = (vpns >= vma.start) & (vpns < vma.end)
+            merged = inside & (state["page.flags"][rows] & PG_KSM != 0)
+            of = state["avc.anon_vma"][anon_vma_chain(state, vma)]
+            known = users[:, np.isin(state["ksm_item.anon_vma"][items], of)]
+            asked = np.stack([state["page.mapping"][rows[merged]], vpns[merged]])
+            is_known = (asked[:, :, None] == known[:, None, :]).all(axis=0).any(axis=1)
+            np.add.at(counts, rows[merged][~is_known], 1)
+    return counts
 
 
 def swap_counts(look: Look) -> Iterator[str]:

@@ -4,7 +4,8 @@ A scan visits every present private page of every mapping that was advised, addr
 space in the order in which they were registered. A page that equals one merged already joins it; a
 page that has not changed since the last scan is kept in a tree of its own until the scan ends, and
 merges with the first later page that equals it. Each page visited has an item (``ksm_item.*``),
-each merged page a node (``ksm_node.pfn``).
+each merged page a node (``ksm_node.*``), and so many pages may share one that there can be several
+of one content.
 
 Source: mm/ksm.c.
 """
@@ -82,10 +83,11 @@ _SCANS = 3
 Machine.declare("mm.ksm", np.int32, "place of the address space among those that are scanned")
 Machine.declare("ksm.registered", np.int32, "address spaces registered so far")
 Machine.declare("ksm.order", np.int64, "pages merged so far")
+Machine.declare("ksm_node.order", np.int64, "place among those of its content, latest first")
 
 
 class _Found(NamedTuple):
-    """A page that a scan comes to."""
+    """A page that a scan comes to; ``pfn`` is 0 where an item has lost its page."""
 
     mm: int
     vpn: int
@@ -163,15 +165,21 @@ def _ksm_do_scan(machine: Machine) -> Routine[None]:
         np.array([page.pfn for page in found], np.int64)
     ].tolist()
     for page, content in zip(found, contents, strict=True):
-        yield from _cmp_and_merge_page(machine, page, content, unstable)
-    yield machine.step(f"A scan of {len(found)} pages is over.")
+        if page.pfn:
+            yield from _cmp_and_merge_page(machine, page, content, unstable)
+        else:
+            _remove_item(machine, page.item)
+    yield machine.step(f"A scan of {sum(page.pfn > 0 for page in found)} pages is over.")
 
 
 def _visit(machine: Machine) -> list[_Found]:
-    """Pages to look at, in order; items of pages that are gone are gone too."""
+    """Pages and items to look at, in order: those of dead processes come first."""
     spaces = np.flatnonzero(machine["mm.ksm"])
-    spaces = spaces[np.argsort(machine["mm.ksm"][spaces])]
-    pages = [_pages_of(machine, int(mm)) for mm in spaces if mm_is_alive(machine, int(mm))]
+    ranks = {
+        mm: rank if mm_is_alive(machine, mm) else 0
+        for mm, rank in zip(spaces.tolist(), machine["mm.ksm"][spaces].tolist(), strict=True)
+    }
+    pages = [_pages_of(machine, mm) for mm, rank in ranks.items() if rank]
     columns = np.concatenate([np.zeros((0, 3), np.int64), *pages])
     items = np.flatnonzero(machine["ksm_item.mm"])
     known = {
@@ -182,9 +190,8 @@ def _visit(machine: Machine) -> list[_Found]:
     for mm, vpn, pfn in columns.tolist():
         item = known.pop((mm, vpn), 0) or _new_item(machine, mm, vpn)
         found.append(_Found(mm, vpn, pfn, item))
-    for item in known.values():
-        _remove_item(machine, item)
-    return found
+    found += [_Found(mm, vpn, 0, item) for (mm, vpn), item in known.items()]
+    return sorted(found, key=lambda page: (ranks.get(page.mm, 0), page.vpn))
 
 
 def _pages_of(machine: Machine, mm: int) -> np.ndarray:
@@ -251,14 +258,27 @@ def pages_sharing(machine: Machine) -> int:
 
 
 def _stable_tree_search(machine: Machine, content: int) -> int:
-    """The merged page of this content that most share and one more may; 0 for none."""
+    """The first merged page of this content that somebody shares and one more may; 0 for none.
+
+    It is asked first from now on, while it has room for more (``stable_node_dup``). A page that
+    only relatives of its sharers map, whom KSM does not know, takes nobody.
+    """
     nodes = _nodes(machine)
     nodes = nodes[machine["page.content"][machine["ksm_node.pfn"][nodes]] == content]
+    nodes = nodes[np.argsort(-machine["ksm_node.order"][nodes])]
     users = np.bincount(machine["ksm_item.node"], minlength=int(nodes.max(initial=0)) + 1)[nodes]
-    open_ones = nodes[users < _MAX_SHARING]
-    if not open_ones.size:
+    usable = np.flatnonzero((users > 0) & (users < _MAX_SHARING))
+    if not usable.size:
         return 0
-    return int(open_ones[np.argmax(users[users < _MAX_SHARING])])
+    first = int(usable[0])
+    node = int(nodes[first])
+    if first and users[first] + 1 < _MAX_SHARING:
+        _ask_first(machine, node)
+    return node
+
+
+def _ask_first(machine: Machine, node: int) -> None:
+    machine.write("ksm_node.order", node, int(machine["ksm_node.order"].max()) + 1)
 
 
 def _cmp_and_merge_page(
@@ -275,8 +295,8 @@ def _cmp_and_merge_page(
             _leave_node(machine, page.item)
             _join_node(machine, page.item, node, vma.anon_vma)
         return
-    _leave_node(machine, page.item)
     node = _stable_tree_search(machine, content)
+    _leave_node(machine, page.item)
     if node:
         kpage = int(machine["ksm_node.pfn"][node])
         if (yield from _try_to_merge_one_page(machine, vma, page, kpage)):
@@ -325,6 +345,7 @@ def _try_to_merge_two_pages(
         return
     node = machine.take("ksm_node.pfn")
     machine.write("ksm_node.pfn", node, page.pfn)
+    _ask_first(machine, node)
     machine.write("page.mapping", page.pfn, node)
     set_flags(machine, np.array([page.pfn]), PG_KSM | PG_DIRTY)
     theirs = vma_lookup(machine, other.mm, other.vpn)

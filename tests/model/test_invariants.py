@@ -14,9 +14,11 @@ from hmmlab.model.entry import (
     swap_word,
 )
 from hmmlab.model.geometry import ENTRIES, PMD_PAGES
+from hmmlab.model.ksm import ksm_scan
 from hmmlab.model.mm_types import mm_lock, mm_root, vmas_of
-from hmmlab.model.page import PG_ANON, PG_LOCKED, ZERO_PFN
+from hmmlab.model.page import PG_ANON, PG_KSM, PG_LOCKED, ZERO_PFN
 from hmmlab.model.page_table import alloc_tables, set_huge, table_of, word_row
+from hmmlab.model.rmap import rmap_walk
 from hmmlab.model.vma import new_vma
 
 PAGES = 16
@@ -160,6 +162,14 @@ def the_reverse_map_has_lost_a_mapping(machine, process, device, a):
     machine.add("page.index", frame(machine, process, a.start + 5), 1)
 
 
+def ksm_has_forgotten_a_sharer(machine, process, device, a):
+    process.store(a[5:6], 7)
+    process.store(a[6:7], 7)
+    process.run("ksm", ksm_scan(machine, process.mm, a.start + 5, a.start + 7))
+    assert violations(machine) == []
+    machine.write("ksm_item.node", int(np.flatnonzero(machine["ksm_item.node"])[0]), 0)
+
+
 def a_page_stays_locked(machine, process, device, a):
     pfn = frame(machine, process, a.start + 5)
     machine.write("page.flags", pfn, machine["page.flags"][pfn] | PG_LOCKED)
@@ -260,6 +270,7 @@ def a_huge_word_stands_for_small_pages(machine, process, device, a):
         (a_word_may_write_a_shared_frame, "may be written, and others may share its frame"),
         (an_exclusive_frame_is_shared, "belongs to one alone and is mapped 2 times"),
         (the_reverse_map_has_lost_a_mapping, "is mapped 1 times, rmap_walk finds 0"),
+        (ksm_has_forgotten_a_sharer, "is mapped 2 times, rmap_walk finds 1"),
         (a_page_stays_locked, "a page is locked, and no operation runs"),
         (a_migration_entry_stays, "a migration entry is left, and no operation runs"),
         (a_lock_is_kept, "a lock is held, and no operation does"),
@@ -294,6 +305,21 @@ def test_while_an_invalidation_runs_the_device_may_be_behind(world):
     a_sequence_stays_odd(machine, process, device, a)
     the_device_keeps_a_page_that_is_gone(machine, process, device, a)
     assert violations(machine, quiet=False) == []
+
+
+def test_a_parent_whose_page_its_child_gave_to_ksm_is_found_by_nobody():
+    """As in Linux: KSM keeps the anon_vma of the mapping that it scanned, the child's."""
+    machine = Machine(4096)
+    parent = Process(machine)
+    a = parent.mmap(4)
+    parent.store(a[0:1], 7)
+    parent.store(a[1:2], 7)
+    child = parent.fork()
+    child.run("ksm", ksm_scan(machine, child.mm, a.start, a.stop))
+    assert violations(machine) == []
+    merged = np.flatnonzero(machine["page.flags"] & PG_KSM)
+    assert machine["page.mapcount"][merged].tolist() == [3]
+    assert rmap_walk(machine, merged).maps.sum() == 2
 
 
 def test_another_mappings_tables_are_its_own(world):
