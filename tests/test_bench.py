@@ -149,7 +149,7 @@ def test_the_textbook_keeps_what_the_model_keeps():
     space.mmap(0, PAGES)
     (mapping,) = space.mappings
     child = twin = None
-    frames = process.machine["zone.used"][0] + process.machine["zone.free"][0]
+    frames = process.machine["zone.used"][0] - process.machine["zone.free"][0]
 
     def store(space, *values):
         for vpn, value in enumerate(values):

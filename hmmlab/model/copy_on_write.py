@@ -189,15 +189,12 @@ def wp_page_copy(machine: Machine, vma: Vma, faults: VmFault, at: Rows) -> Routi
     ptep_clear_flush_notify(machine, vma.mm, faults.vpns.size)
     page_add_new_anon_rmap(machine, new, vma, faults.vpns, rows=pages)
     machine.write("pte", faults.rows, present_word(new, born_dirty(vma, vm_page_prot(vma.flags))))
-    old, at = some(faults.frames, faults.normal), some_rows(at, faults.normal)
+    normal = faults.normal
+    old, at = some(faults.frames, normal), some_rows(at, normal)
     page_remove_rmap(machine, old, rows=at)
     yield machine.step(
         "A frame of its own for {range}: "
-        + (
-            "the old one keeps its readers."
-            if all_of(faults.normal)
-            else "so far it was the zero page."
-        ),
+        + ("the old one keeps its readers." if all_of(normal) else "so far it was the zero page."),
         vma.mm,
         int(faults.vpns[0]),
         int(faults.vpns[-1]) + 1,

@@ -61,7 +61,7 @@ class Door(State):
         """Set ``rows`` (unique) of ``column`` to ``values``. The only way to change a column."""
         array = self.reserve(column, rows)
         if not self._observers:
-            array[_upwards(rows, values) if type(rows) is slice and rows.step else rows] = values
+            array[_upwards(rows, values)] = values
             return
         old = _kept(array[rows])
         array[rows] = values

@@ -75,6 +75,7 @@ Machine.declare("page.swap", np.int64, "slot of a frame in the swap cache; 0 for
 Machine.declare("page.compound", np.int64, "first frame of the huge page; 0 for a page of its own")
 Machine.declare("page.private", np.int64, "zone_device_data: the driver's own word")
 
+
 # --- frame numbers and rows -----------------------------------------------------------------------
 
 
