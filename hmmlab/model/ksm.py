@@ -314,8 +314,8 @@ def _cmp_and_merge_page(
 
 
 def _mark(content: int) -> int:
-    """A checksum of a page: not 0, which says that there is none yet."""
-    return (content & 0x7FFFFFFFFFFFFFFE) + 1
+    """A checksum of a page; 0 says that there is none yet, and what has it is no usual content."""
+    return content ^ 0x9E3779B97F4A7C15
 
 
 def _frame_at(machine: Machine, page: _Found) -> int:

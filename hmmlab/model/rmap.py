@@ -63,7 +63,7 @@ Machine.declare("ksm_item.vpn", np.int64, "the page")
 Machine.declare("ksm_item.node", np.int32, "merged page that it shares; 0 for none")
 Machine.declare("ksm_item.anon_vma", np.int32, "anon_vma of its mapping when it was merged")
 Machine.declare("ksm_item.order", np.int64, "place among those that share it, latest first")
-Machine.declare("ksm_item.seen", np.int64, "checksum of its content at the last scan; 0 for none")
+Machine.declare("ksm_item.seen", np.uint64, "checksum of its content at the last scan; 0 for none")
 Machine.declare("ksm_node.pfn", np.int64, "frame of a merged page; 0 is a free row")
 
 

@@ -255,6 +255,7 @@ SETTINGS = settings(
 )
 
 
+@pytest.mark.timeout(300 * PROOFS)
 @pytest.mark.parametrize("tier", "ABCD")
 def test_stories(tier, tmp_path):
     from hypothesis.stateful import run_state_machine_as_test
