@@ -100,8 +100,8 @@ def sys_mmap(
     Raises
     ------
     KernelError
-        EINVAL for no pages, or where no huge page can begin; ENOMEM beyond the address space, or
-        when the pool has not so many huge pages left.
+        EINVAL for no pages, or where no huge page can begin; ENOMEM beyond the address space, over
+        a part of a huge page of the pool, or when the pool has not so many left.
     """
     if pages <= 0:
         raise KernelError(_EINVAL, f"mmap of {pages} pages")
@@ -120,7 +120,11 @@ def sys_mmap(
     lock = mm_lock(machine, mm)
     yield from machine.down_write(lock)
     try:
-        yield from do_munmap(machine, mm, start, start + pages)
+        try:
+            yield from do_munmap(machine, mm, start, start + pages)
+        except KernelError:
+            place = machine.names.place(mm, start, start + pages)
+            raise KernelError(_ENOMEM, f"what is at {place} cannot be unmapped") from None
         _, prev = find_vma_prev(machine, mm, start)
         if kind == "private":
             vma = yield from vma_merge(machine, mm, prev, start, start + pages, flags, 0, start)

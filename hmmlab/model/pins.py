@@ -23,10 +23,10 @@ from hmmlab.model.rows import as_rows
 
 __all__ = ["pin_user_pages", "unpin_user_pages", "vmsplice", "vmsplice_end"]
 
-_ENXIO, _EFAULT, _EBUSY, _EOPNOTSUPP = 6, 14, 16, 95
+_ENXIO, _EAGAIN, _EFAULT, _EBUSY, _EOPNOTSUPP = 6, 11, 14, 16, 95
 
-#: Pages that the pipe takes (1 MiB).
-_PIPE = 256
+#: Pages that the pipe takes (1 MiB), and that are taken at a time (``iter_to_pipe``).
+_PIPE, _BATCH = 256, 16
 
 _HOLD, _PIN = 1, 2
 
@@ -39,18 +39,25 @@ Machine.declare("held.kind", np.int32, "1 a page in a pipe, 2 a long-term pin")
 def vmsplice(machine: Machine, mm: int, start: int, stop: int) -> Routine[int]:
     """Put pages into a pipe, which holds a reference to each. Returns how many.
 
+    They are taken some at a time, and those for which there is no room are given back.
+
     Raises
     ------
     KernelError
-        EFAULT when not even the first can be had.
+        EAGAIN when the pipe is full; EFAULT when not even the first page can be had.
     """
     room = _PIPE - _rows(machine, mm, _HOLD).size
+    if not room:
+        raise KernelError(_EAGAIN, "the pipe is full")
+    last = min(stop, start + (room // _BATCH + 1) * _BATCH) if stop - start > room else stop
     lock = mm_lock(machine, mm)
     yield from machine.down_read(lock)
     try:
-        pfns = yield from get_user_pages(machine, mm, start, min(stop, start + room), False)
+        pfns = yield from get_user_pages(machine, mm, start, last, False)
     finally:
         machine.up_read(lock)
+    put_page(machine, pfns[room:])
+    pfns = pfns[:room]
     _note(machine, mm, pfns, _HOLD)
     yield machine.step("A pipe holds {range}.", mm, start, start + pfns.size)
     return int(pfns.size)

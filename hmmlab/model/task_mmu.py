@@ -43,7 +43,7 @@ from hmmlab.model.mmu_notifier import (
     invalidate_range_start,
 )
 from hmmlab.model.page import GUP_PIN_COUNTING_BIAS, PG_ANON, ZERO_PFN, page_rows
-from hmmlab.model.page_table import read_range, walk
+from hmmlab.model.page_table import huge_blocks, read_range, walk
 from hmmlab.model.rows import as_rows
 from hmmlab.model.tlb import flush_tlb
 
@@ -69,7 +69,8 @@ def read_pagemap(machine: Machine, mm: int, start: int, stop: int) -> Words:
 
     Frame numbers are left out, as they are for a reader without privileges.
     """
-    words = read_range(machine, mm_root(machine, mm), start, stop)
+    root = mm_root(machine, mm)
+    words = read_range(machine, root, start, stop)
     present = is_present(words)
     swap = is_swap_type(words)
     kind = np.where(swap, swap_type(words), -1)
@@ -89,7 +90,11 @@ def read_pagemap(machine: Machine, mm: int, start: int, stop: int) -> Words:
     # The huge page of zeros has a struct page that is looked at, the small one has not.
     huge_zeros = present & ((words & SPECIAL) != 0) & (pfn_of(words) != ZERO_PFN)
     anon = (machine["page.flags"][rows] & PG_ANON) != 0
-    alone = named & ~(swap & is_migration(words)) & (machine["page.mapcount"][rows] == 1)
+    # Of a PMD word's frames, the first one tells how often they are mapped.
+    huge = np.flatnonzero(named & huge_blocks(machine, root, np.arange(start, stop)))
+    counted = rows.copy()
+    counted[huge] = page_rows(machine, machine["page.compound"][rows[huge]])
+    alone = named & ~(swap & is_migration(words)) & (machine["page.mapcount"][counted] == 1)
     found = np.zeros(words.size, np.uint64)
     for bit, mask in (
         (PM_PRESENT, present),
