@@ -311,7 +311,7 @@ class CountTheCopies(PredictNumbers):
                 "the driver copies where src names a page and M stands, and nowhere else.",
             ),
             "arrived": (
-                done.cpages,
+                done.marked(),
                 pages_at,
                 "empty pages arrive as new frames; the swap cache's are refused.",
             ),

@@ -151,7 +151,7 @@ def migrate_device_unmap(machine: Machine, migrate: MigrateVma) -> Routine[None]
         remove_migration_ptes(machine, back, back)
         set_flags(machine, back, off=PG_LOCKED)
         put_page(machine, back)
-        migrate.count()
+        migrate.cpages = migrate.marked()
     vma, vpns = migrate.vma, migrate.vpns
     held = how_many(refused, pfns.size)
     yield machine.step(
@@ -209,10 +209,9 @@ def _migrate_pages(machine: Machine, migrate: MigrateVma) -> Routine[None]:
         carried = alike(machine["page.flags"][old])
         carried = carried & np.uint32(~(PG_LRU | PG_ANON_EXCLUSIVE) & 0xFFFFFFFF)
         machine.write("page.flags", new, carried | alike(machine["page.flags"][new]))
-    migrate.count()
     vma, vpns = migrate.vma, migrate.vpns
     yield machine.step(
-        f"{migrate.cpages} pages of {{range}} have their new frames.",
+        f"{migrate.marked()} pages of {{range}} have their new frames.",
         vma.mm if vma else 0,
         int(vpns[0]) if vma else 0,
         int(vpns[-1]) + 1 if vma else 0,
@@ -354,7 +353,7 @@ def migrate_device_range(machine: Machine, pfns: Pfns, owner: int) -> Routine[Mi
         get_page(machine, frames)
         set_flags(machine, frames, PG_LOCKED)
         migrate.src[usable] = migrate_pfn(frames) | np.uint64(MIGRATE_PFN_MIGRATE)
-        migrate.count()
+        migrate.cpages = migrate.marked()
     yield from migrate_device_unmap(machine, migrate)
     return migrate
 
@@ -366,7 +365,7 @@ def migrate_device_coherent_pages(machine: Machine, pfns: Pfns) -> Routine[None]
     get_page(machine, pfns)
     set_flags(machine, pfns, PG_LOCKED)
     migrate.src[:] = migrate_pfn(pfns) | np.uint64(MIGRATE_PFN_MIGRATE)
-    migrate.count()
+    migrate.cpages = migrate.marked()
     with machine.bulk(pfns.size):
         yield from migrate_device_unmap(machine, migrate)
     wanted = np.flatnonzero(migrate.migrating)

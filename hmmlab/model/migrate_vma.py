@@ -95,7 +95,7 @@ class MigrateVma:
     src, dst
         MIGRATE_PFN_* entries, uint64 of shape (n,).
     cpages
-        How many entries of ``src`` have MIGRATE.
+        How many entries of ``src`` had MIGRATE when it was set up; what is refused later counts.
     elsewhere
         Whether pages were frozen at other places besides.
     """
@@ -174,11 +174,10 @@ class MigrateVma:
         """Clear MIGRATE where ``which`` is False."""
         if not all_of(which):
             self.src[~which] &= ~np.uint64(MIGRATE_PFN_MIGRATE)
-            self.count()
 
-    def count(self) -> None:
-        """Count the entries that have MIGRATE."""
-        self.cpages = how_many(self.valid_and_migrating()[1], self.vpns.size)
+    def marked(self) -> int:
+        """How many entries of ``src`` have MIGRATE now."""
+        return how_many(self.valid_and_migrating()[1], self.vpns.size)
 
 
 # --- several at once ------------------------------------------------------------------------------
@@ -246,7 +245,7 @@ def walk_page_range(machine: Machine, migrate: MigrateVma, vma: Vma) -> Routine[
             machine.called("migrate_vma_collect_hole", -(-run.stop // pages) - run.start // pages)
             part = slice(*np.searchsorted(migrate.vpns, (run.start, run.stop)))
             migrate.src[part] = MIGRATE_PFN_MIGRATE if vma.is_anonymous else 0
-            migrate.count()
+            migrate.cpages = migrate.marked()
             continue
         at = run.start
         while at < run.stop:  # over page tables, or all at once
