@@ -24,7 +24,6 @@ from hmmlab.model.geometry import PMD_PAGES
 from hmmlab.model.memremap import is_device_private_page
 from hmmlab.model.mm_types import VM_MERGEABLE, vmas_of
 from hmmlab.model.page import (
-    GUP_PIN_COUNTING_BIAS,
     PG_ANON,
     PG_ANON_EXCLUSIVE,
     PG_KSM,
@@ -72,8 +71,7 @@ def references(look: Look) -> Iterator[str]:
     waiting = state["lru.lazyfree"][: int(state["lru.lazyfree_count"][0])]
     np.add.at(expected, page_rows(state, waiting), 1)
     held = np.flatnonzero(state["held.pfn"])
-    claims = np.where(state["held.kind"][held] == 2, GUP_PIN_COUNTING_BIAS, 1)
-    np.add.at(expected, page_rows(state, state["held.pfn"][held]), claims)
+    np.add.at(expected, page_rows(state, state["held.pfn"][held]), state["held.references"][held])
     zeros = int(state["huge_zero.pfn"][0])
     if zeros:
         expected[zeros : zeros + PMD_PAGES] += 1

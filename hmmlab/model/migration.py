@@ -28,6 +28,7 @@ from hmmlab.model.entry import (
     Bools,
     Pfns,
     Words,
+    is_device_exclusive,
     is_migration,
     is_present,
     is_swap_type,
@@ -60,7 +61,7 @@ from hmmlab.model.page import (
     pfn_to_page,
     set_flags,
 )
-from hmmlab.model.page_ref import get_page, put_page
+from hmmlab.model.page_ref import NOBODY, get_page, note_held, put_page
 from hmmlab.model.page_table import is_huge
 from hmmlab.model.rmap import (
     Mappings,
@@ -193,12 +194,16 @@ def remove_migration_ptes(
 
 
 def _thaw(machine: Machine, places: Places, old: Pfns, new: Pfns, rows: Rows | None = None) -> None:
-    """Let words map ``new`` where they are migration entries of ``old``."""
+    """Let words map ``new`` where they are migration entries of ``old``.
+
+    Device-exclusive entries are taken for such, read-only ones; Linux forgets that they hold a
+    reference (``check_pte`` in mm/page_vma_mapped.c).
+    """
     word_rows = places.rows
     entries = machine["pte"][word_rows]
     frozen = swap_offset_pfn(entries) == old
     marks = marks_of(entries)
-    frozen &= is_migration(marks)
+    frozen &= is_migration(marks) | is_device_exclusive(marks)
     if not any_of(frozen):
         return
     pfns, vpns = new, places.vpns
@@ -206,6 +211,9 @@ def _thaw(machine: Machine, places: Places, old: Pfns, new: Pfns, rows: Rows | N
         marks, pfns, vpns = some(marks, frozen), pfns[frozen], vpns[frozen]
         word_rows, rows = as_rows(row_numbers(word_rows)[frozen]), None
     rows = pfn_to_page(machine, pfns) if rows is None else rows
+    lost = is_device_exclusive(marks)
+    if any_of(lost):
+        note_held(machine, NOBODY, some(pfns, lost), 1)
     vma = vma_at(machine, places.vma)
     kind = swap_type(marks)
     exclusive = kind != SWP_MIGRATION_READ

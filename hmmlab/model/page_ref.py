@@ -1,4 +1,6 @@
-"""References to frames; who drops the last one frees the frame.
+"""References to frames, and who holds those that no mapping tells of.
+
+Who drops the last one frees the frame.
 
 Source: include/linux/mm.h (``get_page``, ``put_page``), mm/swap.c.
 """
@@ -15,7 +17,23 @@ from hmmlab.model.page import is_zone_device, pfn_to_page
 from hmmlab.model.page_alloc import free_pages
 from hmmlab.model.rows import Rows, are_unique
 
-__all__ = ["get_page", "put_page"]
+__all__ = ["NOBODY", "get_page", "note_held", "put_page"]
+
+#: Who holds references that the kernel has lost: they are given back never.
+NOBODY = -1
+
+Machine.declare("held.pfn", np.int64, "frame that somebody holds; 0 is a free row")
+Machine.declare("held.holder", np.int32, "pipe or io_uring that holds it; -1: the kernel lost it")
+Machine.declare("held.references", np.int32, "references that are held")
+
+
+def note_held(machine: Machine, holder: int, pfns: Pfns, references: int) -> None:
+    """Remember who holds so many references to each of ``pfns``, taken already."""
+    used = np.flatnonzero(machine["held.pfn"])
+    first = int(used[-1]) + 1 if used.size else 1
+    rows = slice(first, first + pfns.size)
+    for column, value in (("pfn", pfns), ("holder", holder), ("references", references)):
+        machine.write(f"held.{column}", rows, value)
 
 
 def get_page(machine: Machine, pfns: Pfns, rows: Rows | None = None) -> None:

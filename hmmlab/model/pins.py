@@ -3,6 +3,9 @@
 A pipe into which pages were spliced holds one reference to each; a buffer registered with io_uring
 pins its pages, which counts 1024 references each, so that a pin can be told from a reference.
 
+A process has at most one of each, from its first use on, and shares it with the children that it
+forks: what it holds is let go when the last of them has closed it.
+
 Source: mm/gup.c (``pin_user_pages``, ``check_and_migrate_movable_pages``), fs/splice.c
 (``vmsplice``), io_uring/rsrc.c.
 """
@@ -10,29 +13,38 @@ Source: mm/gup.c (``pin_user_pages``, ``check_and_migrate_movable_pages``), fs/s
 from __future__ import annotations
 
 import numpy as np
+from numpy.typing import NDArray
 
 from hmmlab.model.access import get_user_pages
 from hmmlab.model.entry import Pfns
 from hmmlab.model.filemap import device_file_of
 from hmmlab.model.machine import KernelError, Machine, Routine, kernel
 from hmmlab.model.migrate import migrate_device_coherent_pages
-from hmmlab.model.mm_types import mm_lock, vmas_in
+from hmmlab.model.mm_types import Vma, mm_lock, vmas_in
 from hmmlab.model.page import GUP_PIN_COUNTING_BIAS, is_zone_device, page_rows
-from hmmlab.model.page_ref import put_page
+from hmmlab.model.page_ref import note_held, put_page
 from hmmlab.model.rows import as_rows
 
-__all__ = ["pin_user_pages", "unpin_user_pages", "vmsplice", "vmsplice_end"]
+__all__ = [
+    "close_holders",
+    "pin_user_pages",
+    "share_holders",
+    "unpin_user_pages",
+    "vmsplice",
+    "vmsplice_end",
+]
 
-_ENXIO, _EAGAIN, _EFAULT, _EBUSY, _EOPNOTSUPP = 6, 11, 14, 16, 95
+_ENXIO, _EBADF, _EAGAIN, _EFAULT, _EBUSY, _EINVAL, _EOPNOTSUPP = 6, 9, 11, 14, 16, 22, 95
 
 #: Pages that the pipe takes (1 MiB), and that are taken at a time (``iter_to_pipe``).
 _PIPE, _BATCH = 256, 16
 
-_HOLD, _PIN = 1, 2
+#: References that a pipe and an io_uring hold to a page.
+_PIPE_REFERENCES, _PIN_REFERENCES = 1, GUP_PIN_COUNTING_BIAS
 
-Machine.declare("held.pfn", np.int64, "frame that somebody holds; 0 is a free row")
-Machine.declare("held.mm", np.int32, "address space in whose name it is held")
-Machine.declare("held.kind", np.int32, "1 a page in a pipe, 2 a long-term pin")
+Machine.declare("mm.pipe", np.int32, "pipe that the process has open; 0 for none")
+Machine.declare("mm.ring", np.int32, "io_uring that the process has open; 0 for none")
+Machine.declare("holder.users", np.int32, "processes that have a pipe or an io_uring open; 0: free")
 
 
 @kernel("fs/splice.c", "__x64_sys_vmsplice")
@@ -46,7 +58,8 @@ def vmsplice(machine: Machine, mm: int, start: int, stop: int) -> Routine[int]:
     KernelError
         EAGAIN when the pipe is full; EFAULT when not even the first page can be had.
     """
-    room = _PIPE - _rows(machine, mm, _HOLD).size
+    pipe = _open(machine, "mm.pipe", mm)
+    room = _PIPE - _rows(machine, pipe).size
     if not room:
         raise KernelError(_EAGAIN, "the pipe is full")
     last = min(stop, start + (room // _BATCH + 1) * _BATCH) if stop - start > room else stop
@@ -58,15 +71,15 @@ def vmsplice(machine: Machine, mm: int, start: int, stop: int) -> Routine[int]:
         machine.up_read(lock)
     put_page(machine, pfns[room:])
     pfns = pfns[:room]
-    _note(machine, mm, pfns, _HOLD)
+    note_held(machine, pipe, pfns, _PIPE_REFERENCES)
     yield machine.step("A pipe holds {range}.", mm, start, start + pfns.size)
     return int(pfns.size)
 
 
 @kernel("fs/pipe.c", "pipe_release")
 def vmsplice_end(machine: Machine, mm: int) -> Routine[None]:
-    """The pipe is closed, and gives up its pages."""
-    put_page(machine, _forget(machine, mm, _HOLD))
+    """The pipe is closed; with its last user it gives up its pages."""
+    _close(machine, "mm.pipe", mm)
     yield machine.step("The pipe is closed.", mm)
 
 
@@ -78,10 +91,11 @@ def pin_user_pages(machine: Machine, mm: int, start: int, stop: int) -> Routine[
     ------
     KernelError
         EFAULT when one cannot be had or written; EBUSY when a buffer is registered already,
-        or somebody holds device memory;
+        or somebody holds device memory; EINVAL across the mappings of two files;
         EOPNOTSUPP where a device file is mapped.
     """
-    if _rows(machine, mm, _PIN).size:
+    ring = _open(machine, "mm.ring", mm)
+    if _rows(machine, ring).size:
         raise KernelError(_EBUSY, "a buffer is registered already")
     lock = mm_lock(machine, mm)
     yield from machine.down_read(lock)
@@ -96,15 +110,26 @@ def pin_user_pages(machine: Machine, mm: int, start: int, stop: int) -> Routine[
             if pfns.size < stop - start:
                 put_page(machine, pfns)
                 raise KernelError(_EFAULT, f"{machine.names.place(mm, start, stop)}: not all")
-            if any(device_file_of(machine, vma.file) for vma in vmas_in(machine, mm, start, stop)):
+            refused = _file_that_is_refused(machine, list(vmas_in(machine, mm, start, stop)))
+            if refused:
                 put_page(machine, pfns)
-                raise KernelError(_EOPNOTSUPP, "a device file is mapped there")
+                raise refused
             break
     finally:
         machine.up_read(lock)
-    machine.add("page.refcount", as_rows(page_rows(machine, pfns)), GUP_PIN_COUNTING_BIAS - 1)
-    _note(machine, mm, pfns, _PIN)
+    machine.add("page.refcount", as_rows(page_rows(machine, pfns)), _PIN_REFERENCES - 1)
+    note_held(machine, ring, pfns, _PIN_REFERENCES)
     yield machine.step("{range} {are} pinned.", mm, start, stop)
+
+
+def _file_that_is_refused(machine: Machine, vmas: list[Vma]) -> KernelError | None:
+    """What ``io_pin_pages`` says of the files that are mapped, page after page."""
+    for vma in vmas:
+        if vma.file != vmas[0].file:
+            return KernelError(_EINVAL, "the pages are of different files")
+        if device_file_of(machine, vma.file):
+            return KernelError(_EOPNOTSUPP, "a device file is mapped there")
+    return None
 
 
 def _bring_home(machine: Machine, pfns: Pfns) -> Routine[None]:
@@ -119,36 +144,65 @@ def _bring_home(machine: Machine, pfns: Pfns) -> Routine[None]:
 
 @kernel("mm/gup.c")
 def unpin_user_pages(machine: Machine, mm: int) -> Routine[None]:
-    """Give up the pins.
+    """Give up the pins, whoever has made them.
 
     Raises
     ------
     KernelError
-        ENXIO when there are none.
+        EBADF when no io_uring is open; ENXIO when it has no pins.
     """
-    pfns = _forget(machine, mm, _PIN)
-    if not pfns.size:
+    ring = int(machine["mm.ring"][mm])
+    if not ring:
+        raise KernelError(_EBADF, "no io_uring is open")
+    if not _rows(machine, ring).size:
         raise KernelError(_ENXIO, "no buffer is registered")
-    machine.add("page.refcount", as_rows(page_rows(machine, pfns)), 1 - GUP_PIN_COUNTING_BIAS)
-    put_page(machine, pfns)
+    _let_go(machine, ring)
     yield machine.step("The pins are gone.", mm)
 
 
-def _rows(machine: Machine, mm: int, kind: int) -> Pfns:
-    return np.flatnonzero((machine["held.mm"] == mm) & (machine["held.kind"] == kind))
+# --- who has a pipe or an io_uring open -----------------------------------------------------------
 
 
-def _note(machine: Machine, mm: int, pfns: Pfns, kind: int) -> None:
-    used = np.flatnonzero(machine["held.pfn"])
-    first = int(used[-1]) + 1 if used.size else 1
-    rows = slice(first, first + pfns.size)
-    for column, value in (("pfn", pfns), ("mm", mm), ("kind", kind)):
-        machine.write(f"held.{column}", rows, value)
+def share_holders(machine: Machine, mm: int, oldmm: int) -> None:
+    """Let a child have open what its parent has."""
+    for column in ("mm.pipe", "mm.ring"):
+        holder = int(machine[column][oldmm])
+        if holder:
+            machine.write(column, mm, holder)
+            machine.add("holder.users", holder, 1)
 
 
-def _forget(machine: Machine, mm: int, kind: int) -> Pfns:
-    rows = _rows(machine, mm, kind)
-    pfns = machine["held.pfn"][rows].copy()
-    for column in ("pfn", "mm", "kind"):
+def close_holders(machine: Machine, mm: int) -> None:
+    """Close what a process that ends has open."""
+    for column in ("mm.pipe", "mm.ring"):
+        _close(machine, column, mm)
+
+
+def _open(machine: Machine, column: str, mm: int) -> int:
+    if not machine[column][mm]:
+        holder = machine.take("holder.users")
+        machine.write("holder.users", holder, 1)
+        machine.write(column, mm, holder)
+    return int(machine[column][mm])
+
+
+def _close(machine: Machine, column: str, mm: int) -> None:
+    holder = int(machine[column][mm])
+    if holder:
+        machine.write(column, mm, 0)
+        machine.add("holder.users", holder, -1)
+        if not machine["holder.users"][holder]:
+            _let_go(machine, holder)
+
+
+def _let_go(machine: Machine, holder: int) -> None:
+    rows = _rows(machine, holder)
+    pfns, references = machine["held.pfn"][rows], machine["held.references"][rows]
+    for column in ("pfn", "holder", "references"):
         machine.write(f"held.{column}", rows, 0)
-    return pfns
+    machine.add("page.refcount", page_rows(machine, pfns), 1 - references)
+    put_page(machine, pfns)
+
+
+def _rows(machine: Machine, holder: int) -> NDArray[np.int64]:
+    return np.flatnonzero(machine["held.holder"] == holder)

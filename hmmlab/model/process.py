@@ -31,6 +31,7 @@ from hmmlab.model.mprotect import sys_mprotect
 from hmmlab.model.mremap import sys_mremap
 from hmmlab.model.names import free_name
 from hmmlab.model.operation import StepsOf, operation
+from hmmlab.model.pins import close_holders, share_holders
 from hmmlab.model.region import REGION_PAGES, REGION_START, Pages
 from hmmlab.model.task_mmu import clear_refs_soft_dirty, read_pagemap
 from hmmlab.model.test_hmm import Dmirror
@@ -168,6 +169,7 @@ class Process:
         self.machine.names.inherit(self.mm, mm)
         for file in self.files.values():
             file.get()
+        share_holders(self.machine, mm, self.mm)
         return child
 
     @operation
@@ -181,6 +183,7 @@ class Process:
         for file in list(self.files.values()):
             yield from file.close_file()
         self.files.clear()
+        close_holders(self.machine, self.mm)
         yield from close_unmapped_files(self.machine)
 
     # --- system calls -----------------------------------------------------------------------------
