@@ -95,7 +95,8 @@ class MigrateVma:
     src, dst
         MIGRATE_PFN_* entries, uint64 of shape (n,).
     cpages
-        How many entries of ``src`` had MIGRATE when it was set up; what is refused later counts.
+        How many entries of ``src`` had MIGRATE when it was set up; ``migrate_vma_pages`` may refuse
+        some of them yet.
     elsewhere
         Whether pages were frozen at other places besides.
     """
