@@ -68,8 +68,9 @@ def references(look: Look) -> Iterator[str]:
     np.add.at(expected, cached[cached > 0], 1)
     swap_cache = state["swap.cache"]
     np.add.at(expected, swap_cache[swap_cache > 0], 1)
-    waiting = state["lru.lazyfree"][: int(state["lru.lazyfree_count"][0])]
-    np.add.at(expected, page_rows(state, waiting), 1)
+    for batch in ("lru.lazyfree", "lru.mlock"):
+        waiting = state[batch][: int(state[f"{batch}_count"][0])]
+        np.add.at(expected, page_rows(state, waiting[waiting > 0]), 1)
     held = np.flatnonzero(state["held.pfn"])
     np.add.at(expected, page_rows(state, state["held.pfn"][held]), state["held.references"][held])
     zeros = int(state["huge_zero.pfn"][0])

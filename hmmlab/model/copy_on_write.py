@@ -24,9 +24,16 @@ from hmmlab.model.entry import (
     present_word,
 )
 from hmmlab.model.geometry import PMD_PAGES
-from hmmlab.model.lru import drain_new, folio_add_lru, lru_add_drain, off_lru
+from hmmlab.model.lru import (
+    drain_new,
+    folio_add_lru,
+    lru_add_drain,
+    mlock_pages,
+    off_lru,
+    waits_new,
+)
 from hmmlab.model.machine import Machine, Routine, kernel
-from hmmlab.model.mm_types import VM_SHARED, VM_WRITE, Vma, vm_page_prot
+from hmmlab.model.mm_types import VM_LOCKED, VM_SHARED, VM_WRITE, Vma, vm_page_prot
 from hmmlab.model.mmu_notifier import (
     Event,
     MmuNotifierRange,
@@ -131,6 +138,8 @@ def do_wp_page(machine: Machine, vma: Vma, faults: VmFault) -> Routine[None]:
 
 def _drain_for(machine: Machine, frames: Pfns, rows: Rows, maybe: Bools) -> None:
     """Drain the CPU's batches where one may be all that holds a frame besides its mapping."""
+    if any_of(maybe & waits_new(machine, frames)):
+        lru_add_drain(machine)
     off = maybe & off_lru(machine, frames, rows)
     if any_of(off):
         device = is_zone_device(machine, frames)
@@ -192,6 +201,8 @@ def wp_page_copy(machine: Machine, vma: Vma, faults: VmFault, at: Rows) -> Routi
     normal = faults.normal
     old, at = some(faults.frames, normal), some_rows(at, normal)
     page_remove_rmap(machine, old, rows=at)
+    if vma.flags & VM_LOCKED:  # the new page and the old one, in turn
+        mlock_pages(machine, np.stack([-new, np.where(normal, faults.frames, 0)], axis=1).ravel())
     yield machine.step(
         "A frame of its own for {range}: "
         + ("the old one keeps its readers." if all_of(normal) else "so far it was the zero page."),

@@ -30,8 +30,9 @@ from hmmlab.model.entry import (
     swap_word,
 )
 from hmmlab.model.hugetlb import is_hugetlb
+from hmmlab.model.lru import mlock_pages
 from hmmlab.model.machine import Machine, Routine, kernel
-from hmmlab.model.mm_types import VM_WRITE, Vma, vm_page_prot
+from hmmlab.model.mm_types import VM_LOCKED, VM_WRITE, Vma, vm_page_prot
 from hmmlab.model.mmu_notifier import (
     Event,
     MmuNotifierRange,
@@ -140,6 +141,8 @@ def _make_exclusive(
         over[mapped.which[~present]] = True
         mapped = mapped.only(present)
         writable = _name_as_exclusive(machine, pfns[mapped.which], mapped.row)
+        if machine["vma.flags"][vma] & VM_LOCKED:
+            mlock_pages(machine, pfns[mapped.which])
         expected = (vpns[mapped.which] == mapped.vpn) & (where == mm)
         valid[mapped.which[expected & writable]] = True
         yield machine.step(
@@ -190,6 +193,8 @@ def restore_exclusive_ptes(machine: Machine, vma: Vma, vpns: Rows, rows: Rows) -
     marks |= np.where(writable, np.uint64(rights), np.uint64(0))
     back = row_numbers(vpns)[mine]
     page_add_anon_rmap(machine, pfns, vma, back, np.zeros(pfns.size, np.bool_))
+    if vma.flags & VM_LOCKED:
+        mlock_pages(machine, pfns)
     machine.write("pte", as_rows(row_numbers(rows)[mine]), present_word(pfns, int(prot)) | marks)
 
 

@@ -24,10 +24,11 @@ from hmmlab.model.entry import (
 )
 from hmmlab.model.geometry import PMD_PAGES
 from hmmlab.model.huge_memory import hugepage_vma_check
-from hmmlab.model.lru import folio_add_lru, lru_add_drain, lru_add_drain_all
+from hmmlab.model.lru import folio_add_lru, lru_add_drain, lru_add_drain_all, mlock_page_drain
 from hmmlab.model.machine import Machine, Routine, kernel
 from hmmlab.model.mm_types import (
     VM_HUGETLB,
+    VM_LOCKED,
     VM_NOHUGEPAGE,
     VM_SPECIAL,
     VM_WRITE,
@@ -243,6 +244,8 @@ def _collapse_huge_page(machine: Machine, vma: Vma, first: int) -> Routine[ScanR
     put_page(machine, old)
     free_swap_cache(machine, cached)
     folio_add_lru(machine, new, huge=True)
+    if vma.flags & VM_LOCKED:
+        mlock_page_drain(machine)
     page_add_new_anon_rmap(machine, new, vma, np.arange(first, last), huge=True)
     rights = DIRTY | SOFT_DIRTY | (RW if vma.flags & VM_WRITE else 0)
     machine.write("pte", rows, present_word(new, vm_page_prot(vma.flags) | rights))

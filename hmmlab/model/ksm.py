@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 from hmmlab.model.entry import DIRTY, RW, SPECIAL, is_present, pfn_of, present_word
-from hmmlab.model.lru import lru_add_drain
+from hmmlab.model.lru import lru_add_drain, mlock_pages
 from hmmlab.model.machine import Actor, KernelError, Machine, Routine, kernel
 from hmmlab.model.memory import handle_mm_fault
 from hmmlab.model.migration import split_huge_page
@@ -25,6 +25,7 @@ from hmmlab.model.mm_types import (
     VM_DONTEXPAND,
     VM_HUGETLB,
     VM_IO,
+    VM_LOCKED,
     VM_MAYSHARE,
     VM_MERGEABLE,
     VM_MIXEDMAP,
@@ -415,6 +416,8 @@ def _replace_page(machine: Machine, vma: Vma, page: _Found, kpage: int) -> Routi
     machine.write("pte", row, present_word(merged, vm_page_prot(vma.flags))[0])
     ptep_clear_flush_notify(machine, page.mm)
     page_remove_rmap(machine, old)
+    if vma.flags & VM_LOCKED:
+        mlock_pages(machine, np.array([kpage, page.pfn]))
     if not machine["page.mapcount"][page.pfn]:
         folio_free_swap(machine, old)
     put_page(machine, old)

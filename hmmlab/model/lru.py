@@ -1,11 +1,12 @@
 """Pages on their way to an LRU list: a CPU gathers fifteen before it moves them.
 
-A page that waits in such a batch has one more reference. Of the batches only that of MADV_FREE can
-be seen from outside: until it is drained, a write fault finds a page held twice and copies it, and
-the page still counts as backed by swap. The batch of new pages is only heard: a write fault that
-finds its page there has it drained first. So it is no column, and kept for who hears the calls.
+A page that waits in such a batch has one more reference. Of the batches only two can be seen from
+outside, that of MADV_FREE and that of locked mappings: until it is drained, a write fault finds a
+page held twice and copies it, and a page of the first still counts as backed by swap. The batch of
+new pages is only heard: a write fault that finds its page there has it drained first. So it is no
+column, and kept for who hears the calls.
 
-Source: mm/swap.c (``folio_add_lru``, ``mark_page_lazyfree``, ``lru_add_drain``).
+Source: mm/swap.c (``folio_add_lru``, ``mark_page_lazyfree``, ``lru_add_drain``), mm/mlock.c.
 """
 
 from __future__ import annotations
@@ -32,7 +33,10 @@ __all__ = [
     "lru_add_drain",
     "lru_add_drain_all",
     "mark_page_lazyfree",
+    "mlock_page_drain",
+    "mlock_pages",
     "off_lru",
+    "waits_new",
 ]
 
 #: Pages of one batch (``PAGEVEC_SIZE``).
@@ -40,6 +44,8 @@ _BATCH = 15
 
 Machine.declare("lru.lazyfree", np.int64, "frames that wait in the batch of MADV_FREE")
 Machine.declare("lru.lazyfree_count", np.int32, "how many do")
+Machine.declare("lru.mlock", np.int64, "frames that wait in the batch of locked mappings")
+Machine.declare("lru.mlock_count", np.int32, "how many do; of new pages the number is negative")
 
 
 def folio_add_lru(
@@ -61,6 +67,12 @@ def off_lru(machine: Machine, pfns: Pfns, rows: Rows | None = None) -> Bools:
     """
     off, waiting = is_zone_device(machine, pfns, rows), _new(machine)
     return off | np.isin(pfns, waiting) if waiting.size else off
+
+
+def waits_new(machine: Machine, pfns: Pfns) -> Bools:
+    """Which frames are new pages of locked mappings, and wait; maybe one for all."""
+    waiting = _waiting(machine, "mlock")
+    return np.isin(-pfns, waiting) if waiting.size else np.array([False])
 
 
 def drain_new(machine: Machine) -> None:
@@ -86,12 +98,33 @@ def mark_page_lazyfree(machine: Machine, pfns: Pfns) -> None:
     suited = ((machine["page.flags"][rows] & usual) == usual) & (machine["page.swap"][rows] == 0)
     pfns = pfns[suited]
     get_page(machine, pfns)
-    waiting = np.concatenate([_waiting(machine), pfns])
+    waiting = np.concatenate([_waiting(machine, "lazyfree"), pfns])
     huge = np.flatnonzero(machine["page.compound"][page_rows(machine, waiting)])
     at_once = int(huge[-1]) + 1 if huge.size else 0  # a huge page does not wait, and nobody before
     full = at_once + (waiting.size - at_once) // _BATCH * _BATCH
     _move(machine, waiting[:full])
-    _wait(machine, waiting[full:])
+    _wait(machine, "lazyfree", waiting[full:])
+
+
+def mlock_pages(machine: Machine, pfns: Pfns) -> None:
+    """Let small pages wait that a locked mapping has gained or lost.
+
+    In the order of ``pfns``; the number of a new page is negative, and 0 stands for none.
+    """
+    pfns = pfns[(pfns != 0) & (machine["page.compound"][page_rows(machine, abs(pfns))] == 0)]
+    get_page(machine, pfns[pfns > 0])  # nobody sees that of a new page: whoever asks, drains first
+    waiting = np.concatenate([_waiting(machine, "mlock"), pfns])
+    full = waiting.size // _BATCH * _BATCH
+    _wait(machine, "mlock", waiting[full:])
+    put_page(machine, waiting[:full][waiting[:full] > 0])
+
+
+def mlock_page_drain(machine: Machine) -> None:
+    """Move the pages of locked mappings that wait (``mlock_page_drain_local``)."""
+    waiting = _waiting(machine, "mlock")
+    if waiting.size:
+        _wait(machine, "mlock", waiting[:0])
+        put_page(machine, waiting[waiting > 0])
 
 
 def lru_add_drain(machine: Machine, times: int = 1) -> None:
@@ -109,19 +142,20 @@ def lru_add_drain_all(machine: Machine) -> None:
 def _drain(machine: Machine) -> None:
     fill_new(machine)
     if machine["lru.lazyfree_count"][0]:
-        waiting = _waiting(machine)
-        _wait(machine, waiting[:0])
+        waiting = _waiting(machine, "lazyfree")
+        _wait(machine, "lazyfree", waiting[:0])
         _move(machine, waiting)
+    mlock_page_drain(machine)
 
 
-def _waiting(machine: Machine) -> Pfns:
-    return machine["lru.lazyfree"][: int(machine["lru.lazyfree_count"][0])].copy()
+def _waiting(machine: Machine, batch: str) -> Pfns:
+    return machine[f"lru.{batch}"][: int(machine[f"lru.{batch}_count"][0])].copy()
 
 
-def _wait(machine: Machine, pfns: Pfns) -> None:
+def _wait(machine: Machine, batch: str, pfns: Pfns) -> None:
     if pfns.size:
-        machine.write("lru.lazyfree", slice(0, pfns.size), pfns)
-    machine.write("lru.lazyfree_count", 0, pfns.size)
+        machine.write(f"lru.{batch}", slice(0, pfns.size), pfns)
+    machine.write(f"lru.{batch}_count", 0, pfns.size)
 
 
 def _move(machine: Machine, pfns: Pfns) -> None:

@@ -47,10 +47,18 @@ from hmmlab.model.huge_memory import (
     will_be_huge,
 )
 from hmmlab.model.hugetlb import hugetlb_fault
-from hmmlab.model.lru import folio_add_lru
+from hmmlab.model.lru import folio_add_lru, mlock_pages
 from hmmlab.model.machine import KernelError, Machine, Routine, kernel
 from hmmlab.model.memremap import of_pagemap
-from hmmlab.model.mm_types import VM_HUGETLB, VM_SHARED, Vma, mm_root, vm_page_prot, vma_at
+from hmmlab.model.mm_types import (
+    VM_HUGETLB,
+    VM_LOCKED,
+    VM_SHARED,
+    Vma,
+    mm_root,
+    vm_page_prot,
+    vma_at,
+)
 from hmmlab.model.mmu_notifier import mm_has_notifiers
 from hmmlab.model.page import PG_DIRTY, ZERO_PFN, page_rows, pfn_to_page, set_flags, some_rows
 from hmmlab.model.page_alloc import alloc_pages
@@ -276,6 +284,8 @@ def do_anonymous_page(
     vma = anon_vma_prepare(machine, vma)
     pfns, pages = alloc_pages(machine, vpns.size)
     folio_add_lru(machine, pfns, rows=pages)
+    if vma.flags & VM_LOCKED:
+        mlock_pages(machine, -pfns)
     page_add_new_anon_rmap(machine, pfns, vma, vpns, rows=pages)
     machine.write("pte", rows, present_word(pfns, born_dirty(vma, prot)))
     yield machine.step(
@@ -298,11 +308,15 @@ def do_fault(machine: Machine, vma: Vma, vpns: Pfns, rows: Rows, write: bool) ->
         pfns, new = alloc_pages(machine, vpns.size)
         machine.write("page.content", new, content)
         folio_add_lru(machine, pfns, rows=new)
+        if vma.flags & VM_LOCKED:
+            mlock_pages(machine, -pfns)
         page_add_new_anon_rmap(machine, pfns, vma, vpns, rows=new)
         how = "a write to a private page of a file: a copy of its own is mapped."
     else:
         get_page(machine, pfns)
         page_add_file_rmap(machine, pfns)
+        if vma.flags & VM_LOCKED:
+            mlock_pages(machine, pfns)
         if write:
             set_flags(machine, pfns, PG_DIRTY)
         how = "the file's page is mapped."
@@ -353,4 +367,6 @@ def _fault_around(machine: Machine, vma: Vma, vpns: Pfns) -> None:
     rows, frames = rows[empty], frames[empty]
     get_page(machine, frames)
     page_add_file_rmap(machine, frames)
+    if vma.flags & VM_LOCKED:
+        mlock_pages(machine, frames)
     machine.write("pte", as_rows(rows), present_word(frames, vm_page_prot(vma.flags)))

@@ -42,9 +42,10 @@ from hmmlab.model.entry import (
 )
 from hmmlab.model.geometry import PMD_PAGES
 from hmmlab.model.huge_memory import split_huge_pmds_at
+from hmmlab.model.lru import mlock_page_drain
 from hmmlab.model.machine import Machine, Routine, kernel
 from hmmlab.model.memremap import is_device_private_page
-from hmmlab.model.mm_types import VM_WRITE, Vma, mm_root, vm_page_prot, vma_at
+from hmmlab.model.mm_types import VM_LOCKED, VM_WRITE, Vma, mm_root, vm_page_prot, vma_at
 from hmmlab.model.mmu_notifier import (
     Event,
     MmuNotifierRange,
@@ -147,6 +148,8 @@ def _freeze_mapped(
     )
     rows = pfn_to_page(machine, frames)
     freeze(machine, mapped.row, entries, frames, rows, writable, exclusive)
+    if machine["vma.flags"][mapped.vma[0]] & VM_LOCKED:
+        mlock_page_drain(machine)
     put_page(machine, frames)
 
 
@@ -236,6 +239,8 @@ def _thaw(machine: Machine, places: Places, old: Pfns, new: Pfns, rows: Rows | N
         page_add_anon_rmap(machine, pfns[mapped], vma, vpns[mapped], some(exclusive, mapped))
         page_add_file_rmap(machine, pfns[~mapped])
     machine.write("pte", word_rows, words)
+    if vma.flags & VM_LOCKED:
+        mlock_page_drain(machine)
 
 
 def _mapping_word(

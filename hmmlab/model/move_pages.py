@@ -203,4 +203,5 @@ def _take_over(machine: Machine, old: Pfns, new: Pfns, vpns: Pfns, *, drains: in
     if drains:
         lru_add_drain(machine, drains)
     remove_migration_ptes(machine, old, new)
+    set_flags(machine, old, off=PG_LOCKED)
     put_page(machine, new)

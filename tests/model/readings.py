@@ -33,6 +33,8 @@ _TOLD = (
 )
 #: Columns of frames: by one name, and with the frames' own columns behind it.
 _NAMING = ("cache.page", "swap.cache", "held.pfn", "huge_zero.pfn", "hugetlb.head", "ksm_node.pfn")
+#: Frames that wait in a batch: as many as its count says.
+_BATCHES = ("lru.lazyfree", "lru.mlock")
 _OF_FRAMES = ("refcount", "mapcount", "flags", "content", "mapping", "index", "swap")
 
 
@@ -81,8 +83,10 @@ def reading(machine):
         name(f"file {file} frames", device_pfn(words))
     for column in _NAMING:
         name(column, np.trim_zeros(machine[column], "b"))
-    waiting = int(machine["lru.lazyfree_count"][0])
-    name("lru.lazyfree", machine["lru.lazyfree"][:waiting])
+    for batch in _BATCHES:
+        waiting = machine[batch][: int(machine[f"{batch}_count"][0])]
+        name(batch, abs(waiting))
+        told[f"new in {batch}"] = waiting < 0
     rows = machine.ram_pages + np.flatnonzero(machine["page.refcount"][machine.ram_pages :])
     for column in (*_OF_FRAMES, "compound"):
         told[f"device frames {column}"] = machine[f"page.{column}"][rows]
@@ -115,7 +119,7 @@ def reading(machine):
     for column in machine:
         if column in _TOLD or column in _NAMING or column.startswith("page."):
             continue
-        if column == "lru.lazyfree":
+        if column in _BATCHES:
             continue
         values = machine[column]
         if column.startswith("dmirror_device.free_list."):

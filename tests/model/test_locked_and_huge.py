@@ -1,10 +1,13 @@
 """mlock, mappings of a device file, huge pages of the pool, and a device without memory."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 from hmmlab import KernelError, Machine, Process
 from hmmlab.invariants import violations
+from hmmlab.scenario import parse
 from hmmlab.session import Session, UnsupportedError
 
 PMD_PAGES = 512
@@ -203,3 +206,27 @@ def test_a_fork_without_a_page_for_the_child_is_undone(machine):
     assert not session.answers[-1]["notify"]
     with pytest.raises(UnsupportedError, match="c was never born"):
         session.do("on c load A 0 4")
+
+
+# --- what several hold ----------------------------------------------------------------------------
+
+
+def test_the_recordings_of_pools_pipes_and_rings_leave_nothing_behind():
+    """After every operation of a recorded story, in the child's and in the parent's name."""
+    probes = Path(__file__).parents[1] / "kernel_traces" / "probes"
+    for name in ("hugetlb_moved", "pipe_fork", "ring_fork", "ring_own", "exclusive_evicted"):
+        session = Session(record=False)
+        for operation in parse((probes / f"{name}.txt").read_text()):
+            session.perform(operation)
+            assert violations(session.machine) == [], f"{name}: {operation.text}"
+
+
+def test_what_a_child_holds_is_let_go_when_it_ends():
+    session = Session(record=False)
+    session.play(["mmap A 8 rw private", "store A 0 8 1", "fork c", "on c store A 0 8 2"])
+    before = session.machine["page.refcount"].copy()
+    session.play(["on c pin A 0 4", "on c hold A 4 4"])
+    assert (session.machine["page.refcount"] - before).sum() == 4 * 1024 + 4
+    session.play(["exit c"])
+    assert not session.machine["held.pfn"].any() and not session.machine["holder.users"].any()
+    assert violations(session.machine) == []
