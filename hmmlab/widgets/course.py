@@ -163,8 +163,10 @@ def _row(lesson: Lesson, states: Mapping[str, Kind]) -> str:
 
 
 def _exercise(name: str, kind: Kind) -> str:
+    """Mark and name in one line, in a notebook's file too, where no style sheet is."""
     css, mark, words = _MARKS[kind]
+    name = escape(name).replace("_", "&nbsp;")
     return (
         f'<span role="listitem" class="hmm-exercise hmm-{css}" title="{words}">'
-        f'<b role="img" aria-label="{words}:">{mark}</b> {escape(name.replace("_", " "))}</span>'
+        f'<b role="img" aria-label="{words}:">{mark}</b>&nbsp;{name}</span>'
     )
