@@ -183,17 +183,18 @@ def _unknown_to_ksm(look: Look) -> NDArray[np.int64]:
     users = np.stack([state["ksm_item.node"][items], state["ksm_item.vpn"][items]])
     for mm, space in look.spaces.items():
         maps = np.flatnonzero(maps_frame(space.words))
-        rows, vpns = page_rows(state, frames_named(space.words[maps])), space.vpns[maps]
+        rows = page_rows(state, frames_named(space.words[maps]))
+        merged = (state["page.flags"][rows] & PG_KSM) != 0
+        rows, vpns = rows[merged], space.vpns[maps[merged]]
         for vma in vmas_of(state, mm):
             if vma.flags & VM_MERGEABLE:
                 continue
             inside = (vpns >= vma.start) & (vpns < vma.end)
-            merged = inside & (state["page.flags"][rows] & PG_KSM != 0)
             of = state["avc.anon_vma"][anon_vma_chain(state, vma)]
             known = users[:, np.isin(state["ksm_item.anon_vma"][items], of)]
-            asked = np.stack([state["page.mapping"][rows[merged]], vpns[merged]])
+            asked = np.stack([state["page.mapping"][rows[inside]], vpns[inside]])
             is_known = (asked[:, :, None] == known[:, None, :]).all(axis=0).any(axis=1)
-            np.add.at(counts, rows[merged][~is_known], 1)
+            np.add.at(counts, rows[inside][~is_known], 1)
     return counts
 
 

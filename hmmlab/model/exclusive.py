@@ -193,8 +193,6 @@ def restore_exclusive_ptes(machine: Machine, vma: Vma, vpns: Rows, rows: Rows) -
     marks |= np.where(writable, np.uint64(rights), np.uint64(0))
     back = row_numbers(vpns)[mine]
     page_add_anon_rmap(machine, pfns, vma, back, np.zeros(pfns.size, np.bool_))
-    if vma.flags & VM_LOCKED:
-        mlock_pages(machine, pfns)
     machine.write("pte", as_rows(row_numbers(rows)[mine]), present_word(pfns, int(prot)) | marks)
 
 

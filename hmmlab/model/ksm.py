@@ -83,7 +83,7 @@ _SCANS = 3
 
 Machine.declare("mm.ksm", np.int32, "place of the address space among those that are scanned")
 Machine.declare("ksm.registered", np.int32, "address spaces registered so far")
-Machine.declare("ksm.order", np.int64, "pages merged so far")
+Machine.declare("ksm.order", np.int64, "places among nodes and items given so far")
 Machine.declare("ksm_node.order", np.int64, "place among those of its content, latest first")
 
 
@@ -235,10 +235,14 @@ def _leave_node(machine: Machine, item: int) -> None:
 
 
 def _join_node(machine: Machine, item: int, node: int, anon_vma: int) -> None:
-    machine.add("ksm.order", 0, 1)
     machine.write("ksm_item.node", item, node)
     machine.write("ksm_item.anon_vma", item, anon_vma)
-    machine.write("ksm_item.order", item, int(machine["ksm.order"][0]))
+    machine.write("ksm_item.order", item, _next_place(machine))
+
+
+def _next_place(machine: Machine) -> int:
+    machine.add("ksm.order", 0, 1)
+    return int(machine["ksm.order"][0])
 
 
 def _nodes(machine: Machine) -> np.ndarray:
@@ -279,7 +283,7 @@ def _stable_tree_search(machine: Machine, content: int) -> int:
 
 
 def _ask_first(machine: Machine, node: int) -> None:
-    machine.write("ksm_node.order", node, int(machine["ksm_node.order"].max()) + 1)
+    machine.write("ksm_node.order", node, _next_place(machine))
 
 
 def _cmp_and_merge_page(
@@ -417,7 +421,7 @@ def _replace_page(machine: Machine, vma: Vma, page: _Found, kpage: int) -> Routi
     ptep_clear_flush_notify(machine, page.mm)
     page_remove_rmap(machine, old)
     if vma.flags & VM_LOCKED:
-        mlock_pages(machine, np.array([kpage, page.pfn]))
+        mlock_pages(machine, old)
     if not machine["page.mapcount"][page.pfn]:
         folio_free_swap(machine, old)
     put_page(machine, old)

@@ -15,6 +15,7 @@ import numpy as np
 
 from hmmlab.model.entry import Bools, Pfns
 from hmmlab.model.machine import Machine
+from hmmlab.model.mm_types import VM_LOCKED, Vma
 from hmmlab.model.page import (
     PG_ANON,
     PG_LRU,
@@ -30,6 +31,7 @@ __all__ = [
     "drain_new",
     "fill_new",
     "folio_add_lru",
+    "folio_add_lru_vma",
     "lru_add_drain",
     "lru_add_drain_all",
     "mark_page_lazyfree",
@@ -44,8 +46,8 @@ _BATCH = 15
 
 Machine.declare("lru.lazyfree", np.int64, "frames that wait in the batch of MADV_FREE")
 Machine.declare("lru.lazyfree_count", np.int32, "how many do")
-Machine.declare("lru.mlock", np.int64, "frames that wait in the batch of locked mappings")
-Machine.declare("lru.mlock_count", np.int32, "how many do; of new pages the number is negative")
+Machine.declare("lru.mlock", np.int64, "frames of locked mappings that wait, of new ones negative")
+Machine.declare("lru.mlock_count", np.int32, "how many do")
 
 
 def folio_add_lru(
@@ -58,6 +60,13 @@ def folio_add_lru(
         rest = 0 if huge else (before.size + pfns.size) % _BATCH
         last = np.concatenate([before, pfns[-_BATCH:]])
         machine.objects["lru.add"] = {0: last[last.size - rest :]}
+
+
+def folio_add_lru_vma(machine: Machine, pfns: Pfns, vma: Vma, rows: Rows) -> None:
+    """The same for new small frames of a mapping; those of a locked one wait elsewhere too."""
+    folio_add_lru(machine, pfns, rows=rows)
+    if vma.flags & VM_LOCKED:
+        mlock_pages(machine, -pfns)
 
 
 def off_lru(machine: Machine, pfns: Pfns, rows: Rows | None = None) -> Bools:

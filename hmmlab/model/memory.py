@@ -47,12 +47,11 @@ from hmmlab.model.huge_memory import (
     will_be_huge,
 )
 from hmmlab.model.hugetlb import hugetlb_fault
-from hmmlab.model.lru import folio_add_lru, mlock_pages
+from hmmlab.model.lru import folio_add_lru_vma
 from hmmlab.model.machine import KernelError, Machine, Routine, kernel
 from hmmlab.model.memremap import of_pagemap
 from hmmlab.model.mm_types import (
     VM_HUGETLB,
-    VM_LOCKED,
     VM_SHARED,
     Vma,
     mm_root,
@@ -283,9 +282,7 @@ def do_anonymous_page(
         return
     vma = anon_vma_prepare(machine, vma)
     pfns, pages = alloc_pages(machine, vpns.size)
-    folio_add_lru(machine, pfns, rows=pages)
-    if vma.flags & VM_LOCKED:
-        mlock_pages(machine, -pfns)
+    folio_add_lru_vma(machine, pfns, vma, pages)
     page_add_new_anon_rmap(machine, pfns, vma, vpns, rows=pages)
     machine.write("pte", rows, present_word(pfns, born_dirty(vma, prot)))
     yield machine.step(
@@ -307,16 +304,12 @@ def do_fault(machine: Machine, vma: Vma, vpns: Pfns, rows: Rows, write: bool) ->
         content = machine["page.content"][page_rows(machine, pfns)]
         pfns, new = alloc_pages(machine, vpns.size)
         machine.write("page.content", new, content)
-        folio_add_lru(machine, pfns, rows=new)
-        if vma.flags & VM_LOCKED:
-            mlock_pages(machine, -pfns)
+        folio_add_lru_vma(machine, pfns, vma, new)
         page_add_new_anon_rmap(machine, pfns, vma, vpns, rows=new)
         how = "a write to a private page of a file: a copy of its own is mapped."
     else:
         get_page(machine, pfns)
-        page_add_file_rmap(machine, pfns)
-        if vma.flags & VM_LOCKED:
-            mlock_pages(machine, pfns)
+        page_add_file_rmap(machine, pfns, vma)
         if write:
             set_flags(machine, pfns, PG_DIRTY)
         how = "the file's page is mapped."
@@ -366,7 +359,5 @@ def _fault_around(machine: Machine, vma: Vma, vpns: Pfns) -> None:
     empty = machine["pte"][rows] == 0
     rows, frames = rows[empty], frames[empty]
     get_page(machine, frames)
-    page_add_file_rmap(machine, frames)
-    if vma.flags & VM_LOCKED:
-        mlock_pages(machine, frames)
+    page_add_file_rmap(machine, frames, vma)
     machine.write("pte", as_rows(rows), present_word(frames, vm_page_prot(vma.flags)))

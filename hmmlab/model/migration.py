@@ -237,7 +237,7 @@ def _thaw(machine: Machine, places: Places, old: Pfns, new: Pfns, rows: Rows | N
     else:
         mapped = np.broadcast_to(anon, pfns.shape)
         page_add_anon_rmap(machine, pfns[mapped], vma, vpns[mapped], some(exclusive, mapped))
-        page_add_file_rmap(machine, pfns[~mapped])
+        page_add_file_rmap(machine, pfns[~mapped], vma)
     machine.write("pte", word_rows, words)
     if vma.flags & VM_LOCKED:
         mlock_page_drain(machine)

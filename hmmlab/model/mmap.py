@@ -177,7 +177,7 @@ def _insert_pages(machine: Machine, vma: Vma, pfns: Pfns) -> None:
     """Map a frame at every page (``vm_insert_page``)."""
     root = mm_root(machine, vma.mm)
     alloc_tables(machine, root, vma.start, vma.end)
-    page_add_file_rmap(machine, pfns)
+    page_add_file_rmap(machine, pfns, vma)
     words = present_word(pfns, vm_page_prot(vma.flags))
     machine.write("pte", rows_of_range(machine, root, vma.start, vma.end), words)
 

@@ -29,8 +29,9 @@ from hmmlab.model.entry import (
     swap_offset_pfn,
 )
 from hmmlab.model.geometry import PMD_PAGES
+from hmmlab.model.lru import mlock_pages
 from hmmlab.model.machine import Machine
-from hmmlab.model.mm_types import Vma, find_vmas_of_file, mm_root, vma_at
+from hmmlab.model.mm_types import VM_LOCKED, Vma, find_vmas_of_file, mm_root, vma_at
 from hmmlab.model.page import (
     PG_ANON,
     PG_ANON_EXCLUSIVE,
@@ -190,6 +191,8 @@ def page_add_anon_rmap(
         set_flags(machine, pfns, PG_ANON_EXCLUSIVE, rows=rows)
     elif any_of(exclusive):
         set_flags(machine, unique_rows(some(pfns, exclusive)), PG_ANON_EXCLUSIVE)
+    if vma.flags & VM_LOCKED:
+        mlock_pages(machine, pfns)
 
 
 def page_dup_rmap(machine: Machine, pfns: Pfns, rows: Rows | None = None) -> None:
@@ -202,9 +205,11 @@ def page_dup_rmap(machine: Machine, pfns: Pfns, rows: Rows | None = None) -> Non
         set_flags(machine, unique_rows(pfns), off=PG_ANON_EXCLUSIVE)
 
 
-def page_add_file_rmap(machine: Machine, pfns: Pfns) -> None:
-    """Let frames of a file, which may repeat, be mapped once more."""
+def page_add_file_rmap(machine: Machine, pfns: Pfns, vma: Vma) -> None:
+    """Let frames of a file, which may repeat, be mapped once more, by ``vma``."""
     machine.add("page.mapcount", pfn_to_page(machine, pfns), 1)
+    if vma.flags & VM_LOCKED:
+        mlock_pages(machine, pfns)
 
 
 def page_remove_rmap(

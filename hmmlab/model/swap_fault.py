@@ -31,7 +31,7 @@ from hmmlab.model.entry import (
     swap_offset_pfn,
 )
 from hmmlab.model.exclusive import remove_device_exclusive_entries
-from hmmlab.model.lru import folio_add_lru, lru_add_drain, mlock_pages
+from hmmlab.model.lru import folio_add_lru, lru_add_drain
 from hmmlab.model.machine import Machine, Routine, kernel
 from hmmlab.model.memremap import pagemap_of
 from hmmlab.model.mm_types import VM_LOCKED, VM_WRITE, Vma, mm_root, vm_page_prot
@@ -181,8 +181,6 @@ def _map_swapped(
         marks = DIRTY | SOFT_DIRTY | (RW if vma.flags & VM_WRITE else 0)
         mapped |= np.where(alone, np.uint64(marks), np.uint64(0))
     page_add_anon_rmap(machine, pfns, vma, vpns, alone)
-    if vma.flags & VM_LOCKED:
-        mlock_pages(machine, pfns)
     machine.write("pte", as_rows(rows), mapped)
     yield machine.step("{range} come{s} back from swap.", vma.mm, int(vpns[0]), int(vpns[-1]) + 1)
     if write and not all_of(alone):
