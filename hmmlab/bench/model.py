@@ -36,17 +36,16 @@ OPERATIONS = (
 
 _FRAME = ("page.refcount", "page.mapcount", "page.flags")
 _PLACE = ("page.mapping", "page.index")
-#: Read to know that a page is small, and in no swap cache.
-_KIND = ("page.compound", "page.swap")
-#: A frame that is freed forgets all but its content.
-_FREED = (*_FRAME, *_PLACE, *_KIND, "page.private", "zone.free_list.0")
+#: A frame that is freed forgets all but its content. That it is small, in no swap cache and no
+#: device's, nobody reads or writes: where a column was never written, it is known to be zero.
+_FREED = (*_FRAME, *_PLACE, "zone.free_list.0")
 #: A move between RAM and the device changes both page tables; one frame of RAM with all that it is;
 #: the device's label of it, and the label's free list; and the frame of RAM behind the label. One
 #: frame of RAM comes from the free list and one goes there, to the same place of it.
 _MOVE = (
     *("pte", "pte", *_FREED, "page.content"),
     *(*_FRAME, *_PLACE, "page.private", "dmirror_device.free_list.0"),
-    *("page.refcount", "page.content", "page.private"),
+    *("page.refcount", "page.content"),
 )
 
 #: Columns whose words an operation must read or write for each page, each word once however often
@@ -56,9 +55,9 @@ COLUMNS: dict[str, tuple[str, ...]] = {
     "store_first_touch": ("pte", *_FRAME, *_PLACE, "page.content", "zone.free_list.0"),
     "snapshot": ("pte",),
     "mprotect": ("pte",),
-    "fork": ("pte", "pte", *_FRAME, "page.compound"),
+    "fork": ("pte", "pte", *_FRAME),
     "store_cow": (
-        *("pte", *_FRAME, *_KIND, "page.content"),
+        *("pte", *_FRAME, "page.content"),
         *(*_FRAME, *_PLACE, "page.content", "zone.free_list.0"),
     ),
     "dontneed": ("pte", *_FREED),

@@ -21,7 +21,6 @@ from hmmlab.model.entry import (
     Words,
     marks_of,
     pfn_of,
-    pfns_beside,
     repeats_device_private,
 )
 from hmmlab.model.exclusive import make_device_exclusive
@@ -51,7 +50,7 @@ from hmmlab.model.mm_types import (
     vma_at,
     vma_lookup,
 )
-from hmmlab.model.page import PG_DIRTY, pfn_to_page, set_flags
+from hmmlab.model.page import PG_DIRTY, pfn_to_page, pte_page, set_flags
 from hmmlab.model.page_ref import get_page
 from hmmlab.model.page_table import huge_blocks, look_at_range, rows_of_range, walk
 from hmmlab.model.rows import as_rows, unique_rows
@@ -139,7 +138,7 @@ def _access_in_vma(
 ) -> Routine[Words]:
     write = values is not None
     words, marks = yield from _touch(machine, vma, start, stop, write, do_user_addr_fault)
-    frames = pfn_to_page(machine, pfns_beside(words, marks))
+    frames = pte_page(machine, words, marks)
     age = np.uint64(ACCESSED | DIRTY if write else ACCESSED)
     if any_of((marks & age) != age):
         # The CPU's page walker does this, without the kernel.
@@ -212,9 +211,8 @@ def _touch_alike(
 
 
 def _brought_by_huge_pages(machine: Machine, vma: Vma, vpns: Pfns) -> Bools:
-    """Which of ``vpns`` do not fault, because the first of their 2 MiB brings all."""
-    huge = huge_blocks(machine, mm_root(machine, vma.mm), vpns)
-    huge |= will_be_huge(machine, vma, vpns)
+    """Which of ``vpns`` do not fault, as the first of their 2 MiB brings all; maybe one for all."""
+    huge = huge_blocks(machine, mm_root(machine, vma.mm), vpns) | will_be_huge(machine, vma, vpns)
     if not any_of(huge):
         return huge
     return huge & ~leaders_of_blocks(vpns, huge)

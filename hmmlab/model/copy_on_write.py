@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from hmmlab.model.alike import alike, all_of, any_of, some
+from hmmlab.model.alike import all_of, any_of, some
 from hmmlab.model.anon_vma import anon_vma_prepare
 from hmmlab.model.entry import (
     ACCESSED,
@@ -26,7 +26,6 @@ from hmmlab.model.entry import (
 from hmmlab.model.geometry import PMD_PAGES
 from hmmlab.model.lru import (
     drain_new,
-    folio_add_lru,
     lru_add_drain,
     mlock_pages,
     off_lru,
@@ -105,7 +104,7 @@ def do_wp_page(machine: Machine, vma: Vma, faults: VmFault) -> Routine[None]:
     if not all_of(normal):
         frames = np.where(normal, frames, ZERO_PFN)
         at = pfn_to_page(machine, frames)
-    flags = alike(machine["page.flags"][at])
+    flags = machine.alike("page.flags", at)
     anon = normal & ((flags & np.uint32(PG_ANON)) != 0)
     exclusive = anon & ((flags & np.uint32(PG_ANON_EXCLUSIVE)) != 0)
     alone = anon & ~exclusive & ((flags & np.uint32(PG_KSM)) == 0)
@@ -156,9 +155,9 @@ def _folio_ref_count(machine: Machine, rows: Rows, leaving: Bools) -> NDArray[np
     The parts of a huge page that are ``leaving`` it for copies do so one after another, so that the
     last part may find itself alone.
     """
-    compound = alike(machine["page.compound"][rows])
+    compound = machine.alike("page.compound", rows)
     if not any_of(compound):
-        return alike(machine["page.refcount"][rows])
+        return machine.alike("page.refcount", rows)
     counts: NDArray[np.int32] = machine["page.refcount"][rows].copy()
     compound = np.broadcast_to(compound, counts.shape)
     leaving = np.broadcast_to(leaving, counts.shape)
@@ -182,8 +181,7 @@ def wp_page_copy(machine: Machine, vma: Vma, faults: VmFault, at: Rows) -> Routi
     the rows of the faults' frames.
     """
     vma = anon_vma_prepare(machine, vma)
-    new, pages = alloc_pages(machine, faults.vpns.size)
-    machine.write("page.content", pages, machine["page.content"][at])
+    new, pages = alloc_pages(machine, faults.vpns.size, content=machine["page.content"][at])
     range = MmuNotifierRange.each(vma.mm, Event.CLEAR, faults.vpns, vma=vma.row)
     yield from invalidate_range_start(machine, range)
     same = machine["pte"][faults.rows] == faults.words
@@ -194,7 +192,6 @@ def wp_page_copy(machine: Machine, vma: Vma, faults: VmFault, at: Rows) -> Routi
             return
         faults, at = faults.only(same), some_rows(at, same)
         new, pages = new[same], some_rows(pages, same)
-    folio_add_lru(machine, new, rows=pages)
     ptep_clear_flush_notify(machine, vma.mm, faults.vpns.size)
     page_add_new_anon_rmap(machine, new, vma, faults.vpns, rows=pages)
     machine.write("pte", faults.rows, present_word(new, born_dirty(vma, vm_page_prot(vma.flags))))
@@ -212,7 +209,7 @@ def wp_page_copy(machine: Machine, vma: Vma, faults: VmFault, at: Rows) -> Routi
     )
     yield from invalidate_range_end(machine, range)
     put_page(machine, old, at)
-    cached = alike(machine["page.swap"][at]) != 0
+    cached = machine.alike("page.swap", at) != 0
     if any_of(cached):
         free_swap_cache(machine, unique_rows(some(old, cached)))
 

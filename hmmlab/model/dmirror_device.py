@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from hmmlab.model.alike import alike, any_of, rows_where, some
+from hmmlab.model.alike import any_of, rows_where, some
 from hmmlab.model.driver import backing
 from hmmlab.model.entry import (
     MIGRATE_PFN_WRITE,
@@ -207,7 +207,7 @@ class DmirrorDevice:
         self, machine: Machine, vma: Vma, vpns: Pfns, pfns: Pfns, flags: int
     ) -> Routine[None]:
         """The CPU touched device pages: bring each back by a migration of its own."""
-        files = alike(machine["page.private"][as_rows(backing(machine, pfns))]).copy()
+        files = machine.alike("page.private", as_rows(backing(machine, pfns))).copy()
         # One file after another in page order, for frames are freed in that order.
         edges = [0, *(np.flatnonzero(files[1:] != files[:-1]) + 1).tolist(), pfns.size]
         for first, last in pairwise(edges):
@@ -218,10 +218,9 @@ class DmirrorDevice:
 def fill_dst(machine: Machine, migrate: MigrateVma, wanted: NDArray[np.bool_]) -> None:
     """New, locked frames of RAM as ``dst`` of ``wanted``, with the content of ``src``."""
     src = some(migrate.src, wanted)
-    frames, rows = alloc_pages(machine, src.size)
-    set_flags(machine, frames, PG_LOCKED, rows=rows)
     source = pfn_to_page(machine, backing(machine, migrate_pfn_to_pfn(src)))
-    machine.write("page.content", rows, machine["page.content"][source])
+    frames, rows = alloc_pages(machine, src.size, content=machine["page.content"][source])
+    set_flags(machine, frames, PG_LOCKED, rows=rows)
     entries = migrate_pfn(frames, migrate_flags(src) & np.uint8(MIGRATE_PFN_WRITE))
     migrate.dst[rows_where(wanted, migrate.dst.size)] = entries
 

@@ -58,7 +58,13 @@ class Door(State):
 
     # --- changing ---------------------------------------------------------------------------------
     def write(self, column: str, rows: Rows, values: Any) -> None:
-        """Set ``rows`` (unique) of ``column`` to ``values``. The only way to change a column."""
+        """Set ``rows`` (unique) of ``column`` to ``values``. The only way to change a column.
+
+        Where nothing was ever written, 0 is there already, and is not written.
+        """
+        zero = type(values) is int and not values
+        if zero and type(rows) is not int and self.is_blank(column, rows):
+            return
         array = self.reserve(column, rows)
         if not self._observers:
             array[_upwards(rows, values)] = values

@@ -21,7 +21,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from hmmlab.model.alike import alike, some
+from hmmlab.model.alike import alike, any_of, some
 from hmmlab.model.geometry import MAX_PHYSMEM_BITS, PAGE_SHIFT
 from hmmlab.model.rows import ascend, descend
 
@@ -276,21 +276,20 @@ def _marks_and_field(words: Words) -> tuple[Words, int]:
 
     0 where they name none or are of several kinds; then the words are their marks.
     """
-    first = int(words[0]) if words.size else 0
+    first = words.item(0) if words.size else 0
     if first & PRESENT:
         field = PFN_MASK
     elif first >= _NAMES_A_FRAME:
         field = _SWP_PFN_MASK << _OFFSET_SHIFT
     else:
         return alike(words), 0
-    marks = alike(words & np.uint64(~field & _WORD))
-    if marks.size > 1 and not (
-        np.bitwise_and.reduce(marks) & np.uint64(PRESENT)
-        if field == PFN_MASK
-        else marks.min() >= _NAMES_A_FRAME
-    ):
-        return words, 0
-    return marks, field
+    # The bits that all words have, and those that any has: to ask so leaves no array behind.
+    every = int(np.bitwise_and.reduce(words))
+    if not (int(np.bitwise_or.reduce(words)) ^ every) & ~field:
+        return np.array([every & ~field], np.uint64), field
+    if every & PRESENT if field == PFN_MASK else words.min() >= _NAMES_A_FRAME:
+        return words & np.uint64(~field & _WORD), field
+    return words, 0
 
 
 def migration_word(words: Words, pfns: Pfns, writable: Bools, exclusive: Bools) -> Words:
@@ -339,6 +338,8 @@ def repeats_device_private(words: Words, marks: Words) -> Bools:
     ``marks`` are theirs. One for all where none does.
     """
     mine = is_device_private(marks)
+    if not any_of(mine):
+        return np.array([False])
     pfns = swap_offset_pfn(some(words, mine))
     if ascend(pfns) or descend(pfns):
         return np.array([False])

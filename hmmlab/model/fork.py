@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from hmmlab.model.alike import alike, all_of, any_of, how_many, not_zero, part_of, rows_where, some
+from hmmlab.model.alike import all_of, any_of, how_many, not_zero, part_of, rows_where, some
 from hmmlab.model.anon_vma import anon_vma_fork
 from hmmlab.model.entry import (
     ACCESSED,
@@ -38,7 +38,7 @@ from hmmlab.model.geometry import PMD_PAGES
 from hmmlab.model.huge_memory import split_huge_pmd
 from hmmlab.model.hugetlb import copy_hugetlb_page_range
 from hmmlab.model.ksm import ksm_fork
-from hmmlab.model.lru import fill_new, folio_add_lru
+from hmmlab.model.lru import fill_new
 from hmmlab.model.machine import KernelError, Machine, Routine, kernel
 from hmmlab.model.mm_types import (
     VM_DONTCOPY,
@@ -242,16 +242,15 @@ def _must_copy(machine: Machine, pfns: Pfns, normal: Bools, rows: Rows) -> Bools
 
     ``rows`` are those of the frames, of frame 0 where they are not ``normal``.
     """
-    flags = alike(machine["page.flags"][rows])
+    flags = machine.alike("page.flags", rows)
     exclusive = normal & ((flags & np.uint32(PG_ANON_EXCLUSIVE)) != 0)
     return exclusive & folio_maybe_dma_pinned(machine, pfns, rows)
 
 
 def _copied(machine: Machine, child: Vma, vpns: Pfns, pfns: Pfns) -> Words:
     """Words of the child's own copies of some pages (``copy_present_page``)."""
-    new, rows = alloc_pages(machine, pfns.size)
-    machine.write("page.content", rows, machine["page.content"][page_rows(machine, pfns)])
-    folio_add_lru(machine, new, rows=rows)
+    content = machine["page.content"][page_rows(machine, pfns)]
+    new, rows = alloc_pages(machine, pfns.size, content=content)
     page_add_new_anon_rmap(machine, new, child, vpns, rows=rows)
     writable = RW if child.flags & VM_WRITE else 0
     return present_word(new, vm_page_prot(child.flags) | DIRTY | SOFT_DIRTY | writable)

@@ -14,6 +14,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
+from hmmlab.model.alike import any_of
 from hmmlab.model.anon_vma import anon_vma_prepare
 from hmmlab.model.entry import (
     ACCESSED,
@@ -28,7 +29,6 @@ from hmmlab.model.entry import (
     present_word,
 )
 from hmmlab.model.geometry import PMD_PAGES, align_down
-from hmmlab.model.lru import folio_add_lru
 from hmmlab.model.machine import KernelError, Machine, Routine, kernel
 from hmmlab.model.mm_types import (
     VM_HUGEPAGE,
@@ -92,7 +92,12 @@ def _suitable(vma: Vma, first: int) -> bool:
 
 
 def leaders_of_blocks(vpns: Pfns, among: Bools) -> Bools:
-    """Which of ``vpns`` (ascending) are the first ``among`` them in their 2 MiB."""
+    """Which of ``vpns`` (ascending) are the first ``among`` them in their 2 MiB.
+
+    ``among`` is of their shape, or one for all where it is none; so is the answer.
+    """
+    if not any_of(among):
+        return among
     leaders = among.copy()
     leaders[among] = np.diff(vpns[among] // PMD_PAGES, prepend=-1) != 0
     return leaders
@@ -116,9 +121,12 @@ def khugepaged_enter(machine: Machine, vma: Vma, flags: int) -> None:
 
 
 def will_be_huge(machine: Machine, vma: Vma, vpns: Pfns) -> Bools:
-    """Which of ``vpns`` (ascending) lie in 2 MiB that a fault would fill with a huge page."""
+    """Which of ``vpns`` (ascending) lie in 2 MiB that a fault would fill with a huge page.
+
+    One for all where huge pages are not wanted.
+    """
     if not hugepage_vma_check(vma):
-        return np.zeros(vpns.size, np.bool_)
+        return np.array([False])
     root = mm_root(machine, vma.mm)
     blocks, which = np.unique(vpns // PMD_PAGES, return_inverse=True)
     fit = [
@@ -143,7 +151,6 @@ def do_huge_pmd_anonymous_pages(
         marks = DIRTY | SOFT_DIRTY | (RW if vma.flags & VM_WRITE else 0)
         words = present_word(frames_of(heads), prot | marks)
         pages = frames_of(blocks)
-        folio_add_lru(machine, frames_of(heads), huge=True)
         page_add_new_anon_rmap(machine, frames_of(heads), vma, pages, huge=True)
     else:
         zeros = np.arange(PMD_PAGES) + _huge_zero_page(machine)

@@ -24,7 +24,7 @@ from hmmlab.model.entry import (
 )
 from hmmlab.model.geometry import PMD_PAGES
 from hmmlab.model.huge_memory import hugepage_vma_check
-from hmmlab.model.lru import folio_add_lru, lru_add_drain, lru_add_drain_all, mlock_page_drain
+from hmmlab.model.lru import lru_add_drain, lru_add_drain_all, mlock_page_drain
 from hmmlab.model.machine import Machine, Routine, kernel
 from hmmlab.model.mm_types import (
     VM_HUGETLB,
@@ -243,7 +243,6 @@ def _collapse_huge_page(machine: Machine, vma: Vma, first: int) -> Routine[ScanR
     cached = np.unique(old[machine["page.swap"][old] != 0])
     put_page(machine, old)
     free_swap_cache(machine, cached)
-    folio_add_lru(machine, new, huge=True)
     if vma.flags & VM_LOCKED:
         mlock_page_drain(machine)
     page_add_new_anon_rmap(machine, new, vma, np.arange(first, last), huge=True)

@@ -31,13 +31,14 @@ __all__ = [
     "drain_new",
     "fill_new",
     "folio_add_lru",
-    "folio_add_lru_vma",
     "lru_add_drain",
     "lru_add_drain_all",
     "mark_page_lazyfree",
+    "mlock_new_pages",
     "mlock_page_drain",
     "mlock_pages",
     "off_lru",
+    "wait_for_lru",
     "waits_new",
 ]
 
@@ -55,18 +56,16 @@ def folio_add_lru(
 ) -> None:
     """Let frames be on the LRU lists, and have ``flags``; a ``huge`` page does not wait for it."""
     set_flags(machine, pfns, PG_LRU | flags, rows=rows)
+    wait_for_lru(machine, pfns, huge=huge)
+
+
+def wait_for_lru(machine: Machine, pfns: Pfns, *, huge: bool = False) -> None:
+    """The same for frames that have their flags."""
     if machine.observed:
         before = _new(machine)
         rest = 0 if huge else (before.size + pfns.size) % _BATCH
         last = np.concatenate([before, pfns[-_BATCH:]])
         machine.objects["lru.add"] = {0: last[last.size - rest :]}
-
-
-def folio_add_lru_vma(machine: Machine, pfns: Pfns, vma: Vma, rows: Rows) -> None:
-    """The same for new small frames of a mapping; those of a locked one wait elsewhere too."""
-    folio_add_lru(machine, pfns, rows=rows)
-    if vma.flags & VM_LOCKED:
-        mlock_pages(machine, -pfns)
 
 
 def off_lru(machine: Machine, pfns: Pfns, rows: Rows | None = None) -> Bools:
@@ -113,6 +112,12 @@ def mark_page_lazyfree(machine: Machine, pfns: Pfns) -> None:
     full = at_once + (waiting.size - at_once) // _BATCH * _BATCH
     _move(machine, waiting[:full])
     _wait(machine, "lazyfree", waiting[full:])
+
+
+def mlock_new_pages(machine: Machine, pfns: Pfns, vma: Vma) -> None:
+    """Let new small pages of a mapping wait, if it is locked."""
+    if vma.flags & VM_LOCKED:
+        mlock_pages(machine, -pfns)
 
 
 def mlock_pages(machine: Machine, pfns: Pfns) -> None:

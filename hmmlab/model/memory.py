@@ -47,7 +47,7 @@ from hmmlab.model.huge_memory import (
     will_be_huge,
 )
 from hmmlab.model.hugetlb import hugetlb_fault
-from hmmlab.model.lru import folio_add_lru_vma
+from hmmlab.model.lru import mlock_new_pages
 from hmmlab.model.machine import KernelError, Machine, Routine, kernel
 from hmmlab.model.memremap import of_pagemap
 from hmmlab.model.mm_types import (
@@ -155,7 +155,7 @@ def handle_mm_fault(
         high,
         detail=Faults(vma.mm, vpns, write, remote),
     )
-    if hugepage_vma_check(vma) or huge_blocks(machine, root, vpns).any():
+    if hugepage_vma_check(vma) or any_of(huge_blocks(machine, root, vpns)):
         yield from _huge_faults(machine, vma, vpns, write)
     if high - low == vpns.size:
         alloc_tables(machine, root, low, high)
@@ -252,7 +252,7 @@ def _huge_faults(machine: Machine, vma: Vma, vpns: Pfns, write: bool) -> Routine
 
 def _mark_alike(machine: Machine, root: int, vpns: Pfns, marks: int) -> None:
     """Words that one PMD word stands for stay alike."""
-    huge = vpns[huge_blocks(machine, root, vpns)]
+    huge = some(vpns, huge_blocks(machine, root, vpns))
     for first in (np.unique(huge // PMD_PAGES) * PMD_PAGES).tolist():  # over page tables
         rows = rows_of_range(machine, root, first, first + PMD_PAGES)
         machine.write("pte", rows, machine["pte"][rows] | np.uint64(marks))
@@ -282,8 +282,8 @@ def do_anonymous_page(
         return
     vma = anon_vma_prepare(machine, vma)
     pfns, pages = alloc_pages(machine, vpns.size)
-    folio_add_lru_vma(machine, pfns, vma, pages)
     page_add_new_anon_rmap(machine, pfns, vma, vpns, rows=pages)
+    mlock_new_pages(machine, pfns, vma)
     machine.write("pte", rows, present_word(pfns, born_dirty(vma, prot)))
     yield machine.step(
         "First touch of {range} was a write: a new frame of zeros is mapped.", vma.mm, first, last
@@ -302,10 +302,9 @@ def do_fault(machine: Machine, vma: Vma, vpns: Pfns, rows: Rows, write: bool) ->
     if write and not vma.flags & VM_SHARED:
         vma = anon_vma_prepare(machine, vma)
         content = machine["page.content"][page_rows(machine, pfns)]
-        pfns, new = alloc_pages(machine, vpns.size)
-        machine.write("page.content", new, content)
-        folio_add_lru_vma(machine, pfns, vma, new)
+        pfns, new = alloc_pages(machine, vpns.size, content=content)
         page_add_new_anon_rmap(machine, pfns, vma, vpns, rows=new)
+        mlock_new_pages(machine, pfns, vma)
         how = "a write to a private page of a file: a copy of its own is mapped."
     else:
         get_page(machine, pfns)

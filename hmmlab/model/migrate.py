@@ -123,7 +123,7 @@ def migrate_device_unmap(machine: Machine, migrate: MigrateVma) -> Routine[None]
         return
     pfns = some(migrate.src_pfns, valid)
     rows = pfn_to_page(machine, pfns)
-    mapped = alike(machine["page.mapcount"][rows]) > 0
+    mapped = machine.alike("page.mapcount", rows) > 0
     if any_of(mapped):
         migrate.elsewhere = True
         elsewhere, keys = some(pfns, mapped), some(some(migrate.vpns, valid), mapped)
@@ -139,8 +139,8 @@ def migrate_device_unmap(machine: Machine, migrate: MigrateVma) -> Routine[None]
         page_mapping(machine, pfns, rows),
     ):
         extra = extra + more
-    mapcount = alike(machine["page.mapcount"][rows])
-    refcount = alike(machine["page.refcount"][rows])
+    mapcount = machine.alike("page.mapcount", rows)
+    refcount = machine.alike("page.refcount", rows)
     refused = (mapcount > 0) | (refcount - extra > mapcount)
     if any_of(refused):
         back = some(pfns, refused)
@@ -195,7 +195,7 @@ def _migrate_pages(machine: Machine, migrate: MigrateVma) -> Routine[None]:
         cached = page_mapping(machine, src, old)
         # Exactly the references that we know of: one more than ours and it must stay.
         expected = np.ones(1, np.int32) + migrate.faulted(src) + cached
-        moves = alike(machine["page.refcount"][old]) == expected
+        moves = machine.alike("page.refcount", old) == expected
         # Only private memory can live on a device.
         moves = moves & ~(cached & is_zone_device(machine, dst, new))
         if not all_of(moves):
@@ -206,9 +206,9 @@ def _migrate_pages(machine: Machine, migrate: MigrateVma) -> Routine[None]:
         ksm_migrate_page(machine, src, dst, old)
         for column in ("mapping", "index"):
             machine.write(f"page.{column}", new, machine[f"page.{column}"][old])
-        carried = alike(machine["page.flags"][old])
+        carried = machine.alike("page.flags", old)
         carried = carried & np.uint32(~(PG_LRU | PG_ANON_EXCLUSIVE) & 0xFFFFFFFF)
-        machine.write("page.flags", new, carried | alike(machine["page.flags"][new]))
+        machine.write("page.flags", new, carried | machine.alike("page.flags", new))
     vma, vpns = migrate.vma, migrate.vpns
     yield machine.step(
         f"{migrate.marked()} pages of {{range}} have their new frames.",
@@ -259,7 +259,7 @@ def _fill_holes(machine: Machine, migrate: MigrateVma, vma: Vma, holes: Pfns) ->
         ("flush_tlb_mm_range", zero[free]),
         ("__mmu_notifier_invalidate_range", zero[free]),  # who migrates has subscribed
     )
-    page_add_new_anon_rmap(machine, pfns, vma, vpns[holes], noted=True)
+    page_add_new_anon_rmap(machine, pfns, vma, vpns[holes], noted=True, lru=False)
     get_page(machine, pfns)
     machine.write("pte", as_rows(rows), entries)
     yield from invalidate_range_end(machine, range)
@@ -369,10 +369,9 @@ def migrate_device_coherent_pages(machine: Machine, pfns: Pfns) -> Routine[None]
     with machine.bulk(pfns.size):
         yield from migrate_device_unmap(machine, migrate)
     wanted = np.flatnonzero(migrate.migrating)
-    new, rows = alloc_pages(machine, wanted.size)
-    set_flags(machine, new, PG_LOCKED, rows=rows)
     content = machine["page.content"][page_rows(machine, pfns[wanted])]
-    machine.write("page.content", rows, content)
+    new, rows = alloc_pages(machine, wanted.size, content=content)
+    set_flags(machine, new, PG_LOCKED, rows=rows)
     migrate.dst[wanted] = migrate_pfn(new)
     yield from _migrate_pages(machine, migrate)
     yield from _finalize(machine, migrate)

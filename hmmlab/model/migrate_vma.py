@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from hmmlab.model.alike import alike, all_of, any_of, how_many, rows_where, some
+from hmmlab.model.alike import all_of, any_of, how_many, rows_where, some
 from hmmlab.model.entry import (
     MIGRATE_PFN_MIGRATE,
     MIGRATE_PFN_VALID,
@@ -214,12 +214,12 @@ def commuting_migrations(
     if flags & (SELECT_SYSTEM | SELECT_DEVICE_COHERENT):
         chosen = chosen | (present & ~zero)
     rows = pfn_to_page(machine, pfns)
-    alone = alike(machine["page.refcount"][rows]) == 1
-    alone = alone & (alike(machine["page.mapcount"][rows]) == 1)
-    unusual = alike(machine["page.flags"][rows]) & np.uint32(~_USUAL & 0xFFFFFFFF)
+    alone = machine.alike("page.refcount", rows) == 1
+    alone = alone & (machine.alike("page.mapcount", rows) == 1)
+    unusual = machine.alike("page.flags", rows) & np.uint32(~_USUAL & 0xFFFFFFFF)
     alone = alone & (unusual == 0)
     for column in ("compound", "swap"):
-        alone = alone & (alike(machine[f"page.{column}"][rows]) == 0)
+        alone = alone & (machine.alike(f"page.{column}", rows) == 0)
     odd = chosen & ~alone
     if any_of(zero):
         odd = odd | (zero & (pfns != ZERO_PFN))
@@ -295,12 +295,12 @@ def migrate_vma_collect_pmd(
         hole = hole | zero
     rows = pfn_to_page(machine, pfns)
     selected = _selected(machine, migrate, marks, present & ~zero, pfns, rows)
-    flags = alike(machine["page.flags"][rows])
+    flags = machine.alike("page.flags", rows)
     selected = selected & ((flags & np.uint32(PG_LOCKED)) == 0)
-    selected = selected & (alike(machine["page.compound"][rows]) == 0)
+    selected = selected & (machine.alike("page.compound", rows) == 0)
     exclusive = selected & ((flags & np.uint32(PG_ANON_EXCLUSIVE)) != 0)
     # A page that may be pinned stays exclusive, and so stays where it is.
-    pinned = exclusive & (alike(machine["page.refcount"][rows]) >= GUP_PIN_COUNTING_BIAS)
+    pinned = exclusive & (machine.alike("page.refcount", rows) >= GUP_PIN_COUNTING_BIAS)
     selected = selected & ~pinned
     exclusive = exclusive & ~pinned
     if not isinstance(rows, slice):

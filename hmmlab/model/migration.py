@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from hmmlab.model.alike import alike, all_of, any_of, some
+from hmmlab.model.alike import all_of, any_of, some
 from hmmlab.model.entry import (
     ACCESSED,
     DIRTY,
@@ -92,7 +92,7 @@ def freeze(
     ``marks`` are the entries, with their frames or without; ``rows`` are those of the frames. The
     caller notes the calls of ``page_remove_rmap``, among others.
     """
-    flags = alike(machine["page.flags"][rows]) & np.uint32(~PG_ANON_EXCLUSIVE & 0xFFFFFFFF)
+    flags = machine.alike("page.flags", rows) & np.uint32(~PG_ANON_EXCLUSIVE & 0xFFFFFFFF)
     dirty = ((marks & np.uint64(DIRTY)) >> _PAGE_DIRTY_SHIFT).astype(np.uint32)
     machine.write("page.flags", rows, flags | dirty | np.uint32(PG_LOCKED))
     machine.write("pte", word_rows, migration_word(marks, pfns, writable, exclusive))
@@ -221,7 +221,7 @@ def _thaw(machine: Machine, places: Places, old: Pfns, new: Pfns, rows: Rows | N
     kind = swap_type(marks)
     exclusive = kind != SWP_MIGRATION_READ
     writable = (kind == SWP_MIGRATION_WRITE) & bool(vma.flags & VM_WRITE)
-    flags = alike(machine["page.flags"][rows])
+    flags = machine.alike("page.flags", rows)
     device = is_device_private_page(machine, pfns, rows)
     if not all_of(device):
         words = _mapping_word(vma, pfns, writable, marks, flags)

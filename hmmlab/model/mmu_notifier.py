@@ -89,7 +89,8 @@ class MmuNotifierRange:
     event
         Why.
     start, end
-        int64 arrays of shape (n,): half-open ranges of page numbers, in the kernel's order.
+        int64 arrays of shape (n,): half-open ranges of page numbers, in the kernel's order. An end
+        is told when it is asked for: of ranges that nobody hears, none.
     owner
         Number of the device that makes the change itself, for MIGRATE and EXCLUSIVE; 0 for none.
     vma
@@ -104,7 +105,7 @@ class MmuNotifierRange:
     mm: int
     event: Event
     start: NDArray[np.int64]
-    end: NDArray[np.int64]
+    _end: NDArray[np.int64] | None  # None for ranges of one page
     owner: int = 0
     vma: int = 0
     blockable: bool = True
@@ -118,7 +119,12 @@ class MmuNotifierRange:
     @classmethod
     def each(cls, mm: int, event: Event, vpns: NDArray[np.int64], **rest: Any) -> MmuNotifierRange:
         """One range of one page for each of ``vpns``."""
-        return cls(mm, event, vpns, vpns + 1, **rest)
+        return cls(mm, event, vpns, None, **rest)
+
+    @property
+    def end(self) -> NDArray[np.int64]:
+        """Where each range ends."""
+        return self.start + 1 if self._end is None else self._end
 
     @property
     def size(self) -> int:
@@ -136,7 +142,7 @@ class MmuNotifierRange:
         return replace(
             self,
             start=np.atleast_1d(self.start[which]),
-            end=np.atleast_1d(self.end[which]),
+            _end=None if self._end is None else np.atleast_1d(self._end[which]),
             order=None if self.order is None else np.atleast_1d(self.order[which]),
         )
 

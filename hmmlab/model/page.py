@@ -13,12 +13,13 @@ Source: include/linux/mm_types.h, include/linux/page-flags.h.
 from __future__ import annotations
 
 import numpy as np
+from numpy.typing import NDArray
 
 from hmmlab.model.alike import alike, all_of, any_of, some
-from hmmlab.model.entry import Bools, Pfns
+from hmmlab.model.entry import Bools, Pfns, Words, pfns_beside
 from hmmlab.model.geometry import MAX_PHYSMEM_BITS, PAGE_SHIFT, PMD_PAGES
 from hmmlab.model.machine import Machine
-from hmmlab.model.rows import Rows, as_rows, first_and_last, row_numbers
+from hmmlab.model.rows import Rows, as_rows, ascend, first_and_last, row_numbers
 from hmmlab.model.state import State
 
 __all__ = [
@@ -40,6 +41,7 @@ __all__ = [
     "page_mapping",
     "page_rows",
     "pfn_to_page",
+    "pte_page",
     "set_flags",
     "some_rows",
 ]
@@ -110,6 +112,15 @@ def pfn_to_page(state: State, pfns: Pfns) -> Rows:
     return slice(top - numbers.start, top - numbers.stop, step if step < 0 else None)
 
 
+def pte_page(state: State, words: Words, marks: Words) -> Rows:
+    """Rows of the frames that present words name, one or more, whose marks these are."""
+    if marks.size == 1 and ascend(words):  # to see them side by side, no number need be told
+        low, high = pfns_beside(words[[0, -1]], marks).tolist()
+        if high - low == words.size - 1 and high < state.ram_pages:
+            return slice(low, high + 1)
+    return pfn_to_page(state, pfns_beside(words, marks))
+
+
 # Who has the rows of some frames at hand gives them too, here and below, for to find them takes
 # half as long as to use them. Where they are a slice, one answer may stand for all of them.
 
@@ -127,7 +138,7 @@ def folio_maybe_dma_pinned(state: State, pfns: Pfns, rows: Rows | None = None) -
     Shaped as ``pfns`` are; where their ``rows`` are given, maybe one for all.
     """
     at = pfn_to_page(state, pfns) if rows is None else rows
-    refcounts, heads = state["page.refcount"][at], alike(state["page.compound"][at])
+    refcounts, heads = state["page.refcount"][at], state.alike("page.compound", at)
     if not any_of(heads) and rows is not None:
         return alike(refcounts) >= GUP_PIN_COUNTING_BIAS
     pinned: Bools = refcounts >= GUP_PIN_COUNTING_BIAS
@@ -140,16 +151,23 @@ def folio_maybe_dma_pinned(state: State, pfns: Pfns, rows: Rows | None = None) -
     return pinned
 
 
-def page_mapping(state: State, pfns: Pfns, rows: Rows | None = None) -> Bools:
+def page_mapping(
+    state: State,
+    pfns: Pfns,
+    rows: Rows | None = None,
+    flags: NDArray[np.uint32] | None = None,
+) -> Bools:
     """Whether frames are in the cache of a file or in the swap cache (``page_mapping``).
 
-    Shaped as ``pfns`` are; where their ``rows`` are given, maybe one for all.
+    Shaped as ``pfns`` are; where their ``rows`` are given, maybe one for all. ``flags`` are their
+    PG_* bits, where known.
     """
     at = pfn_to_page(state, pfns) if rows is None else rows
-    found: Bools = (alike(state["page.flags"][at]) & np.uint32(PG_ANON)) == 0
+    flags = state.alike("page.flags", at) if flags is None else flags
+    found: Bools = (flags & np.uint32(PG_ANON)) == 0
     if any_of(found):
         found = found & (state["page.mapping"][at] != 0)
-    found = found | (alike(state["page.swap"][at]) != 0)
+    found = found | (state.alike("page.swap", at) != 0)
     return np.broadcast_to(found, pfns.shape) if rows is None else found
 
 

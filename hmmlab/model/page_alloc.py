@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 
 from hmmlab.model.alike import some
-from hmmlab.model.entry import Pfns
+from hmmlab.model.entry import Pfns, Words
 from hmmlab.model.geometry import PMD_PAGES
 from hmmlab.model.machine import KernelError, Machine
 from hmmlab.model.page import ZERO_PFN
@@ -64,10 +64,12 @@ def free_ram(state: Machine) -> int:
     return state.ram_pages - int(used.sum())
 
 
-def alloc_pages(machine: Machine, count: int, node: int = 0) -> tuple[Pfns, Rows]:
-    """``count`` zeroed frames with one reference each, from ``node`` or else from the other.
+def alloc_pages(
+    machine: Machine, count: int, node: int = 0, content: Words | None = None
+) -> tuple[Pfns, Rows]:
+    """``count`` frames with one reference each, from ``node`` or else from the other.
 
-    Returns their numbers and their rows.
+    They hold zeros, or ``content``, uint64 of shape (count,). Returns their numbers and their rows.
 
     Raises
     ------
@@ -98,9 +100,12 @@ def alloc_pages(machine: Machine, count: int, node: int = 0) -> tuple[Pfns, Rows
     rows = as_rows(taken)
     for zone, pfns in recycled:
         machine.add("zone.free", zone, -pfns.size)
-        machine.write("page.content", rows if pfns is taken else as_rows(pfns), 0)
+        if content is None:
+            machine.write("page.content", rows if pfns is taken else as_rows(pfns), 0)
     for zone, pfns in fresh:
         machine.add("zone.used", zone, pfns.size)
+    if content is not None:
+        machine.write("page.content", rows, content)
     machine.write("page.refcount", rows, 1)
     return taken, rows
 

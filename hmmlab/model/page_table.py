@@ -149,6 +149,8 @@ def word_row(state: State, root: int, vpn: int, level: str = "pte") -> int:
 
 def alloc_tables(machine: Machine, root: int, start: int, stop: int, level: str = "pte") -> None:
     """Make sure that every table down to ``level`` exists for pages ``start`` to ``stop - 1``."""
+    if level == "pte" and all(run.row >= 0 for run in walk(machine, root, start, stop)):
+        return  # mostly, and seen with one look
     for upper in LEVELS[: LEVELS.index(level)]:
         span = LEVEL_PAGES[upper] * ENTRIES
         at = start
@@ -272,12 +274,13 @@ def is_huge(state: State, root: int, vpn: int) -> bool:
 
 
 def huge_blocks(state: State, root: int, vpns: np.ndarray) -> np.ndarray:
-    """Which of ``vpns`` (int64, ascending) a PMD word maps, bool of their shape."""
+    """Which of ``vpns`` (int64, ascending) a PMD word maps, or one for all where it is none."""
     if not vpns.size:
         return np.zeros(0, np.bool_)
-    found = np.zeros(vpns.size, np.bool_)
+    found = np.array([False])
     for run in walk(state, root, int(vpns[0]), int(vpns[-1]) + 1):
         if run.huge:
+            found = found if found.size == vpns.size else np.zeros(vpns.size, np.bool_)
             found[np.searchsorted(vpns, run.start) : np.searchsorted(vpns, run.stop)] = True
     return found
 

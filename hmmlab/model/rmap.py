@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from hmmlab.model.alike import alike, all_of, any_of, some
+from hmmlab.model.alike import all_of, any_of, some
 from hmmlab.model.anon_vma import find_vmas_of_anon_vma, root_anon_vma
 from hmmlab.model.entry import (
     Pfns,
@@ -29,13 +29,14 @@ from hmmlab.model.entry import (
     swap_offset_pfn,
 )
 from hmmlab.model.geometry import PMD_PAGES
-from hmmlab.model.lru import mlock_pages
+from hmmlab.model.lru import mlock_pages, wait_for_lru
 from hmmlab.model.machine import Machine
 from hmmlab.model.mm_types import VM_LOCKED, Vma, find_vmas_of_file, mm_root, vma_at
 from hmmlab.model.page import (
     PG_ANON,
     PG_ANON_EXCLUSIVE,
     PG_KSM,
+    PG_LRU,
     PG_SWAPBACKED,
     page_rows,
     pfn_to_page,
@@ -133,16 +134,19 @@ def page_add_new_anon_rmap(
     *,
     huge: bool = False,
     noted: bool = False,
+    lru: bool = True,
     rows: Rows | None = None,
 ) -> None:
     """Let new frames be mapped once, by ``vma`` at pages ``vpns``; it owns them alone.
 
-    ``huge`` pages are one call each; ``noted`` says that the caller has noted the calls, among
-    others.
+    They go on to the ``lru`` lists, as their flags change but once then. ``huge`` pages are one
+    call each; ``noted`` says that the caller has noted the calls, among others.
     """
     calls = pfns.size // PMD_PAGES if huge else pfns.size
     machine.called("page_add_new_anon_rmap", 0 if noted else calls)
-    _own_alone(machine, pfns, vma, vpns, rows)
+    _own_alone(machine, pfns, vma, vpns, rows, PG_LRU if lru else 0)
+    if lru:
+        wait_for_lru(machine, pfns, huge=huge)
 
 
 def hugepage_add_new_anon_rmap(machine: Machine, pfns: Pfns, vma: Vma, vpns: Pfns) -> None:
@@ -152,13 +156,18 @@ def hugepage_add_new_anon_rmap(machine: Machine, pfns: Pfns, vma: Vma, vpns: Pfn
 
 
 def _own_alone(
-    machine: Machine, pfns: Pfns, vma: Vma, vpns: Pfns, rows: Rows | None = None
+    machine: Machine,
+    pfns: Pfns,
+    vma: Vma,
+    vpns: Pfns,
+    rows: Rows | None = None,
+    flags: int = 0,
 ) -> None:
     rows = pfn_to_page(machine, pfns) if rows is None else rows
     machine.write("page.mapcount", rows, 1)
     machine.write("page.mapping", rows, vma.anon_vma)
     machine.write("page.index", rows, vma.pgoff_of(0) + vpns)
-    set_flags(machine, pfns, PG_ANON | PG_ANON_EXCLUSIVE | PG_SWAPBACKED, rows=rows)
+    set_flags(machine, pfns, PG_ANON | PG_ANON_EXCLUSIVE | PG_SWAPBACKED | flags, rows=rows)
 
 
 def page_add_anon_rmap(
@@ -178,7 +187,7 @@ def page_add_anon_rmap(
     """
     rows = pfn_to_page(machine, pfns) if rows is None else rows
     machine.add("page.mapcount", rows, 1)
-    fresh = (alike(machine["page.flags"][rows]) & np.uint32(PG_ANON)) == 0
+    fresh = (machine.alike("page.flags", rows) & np.uint32(PG_ANON)) == 0
     if any_of(fresh):
         root = root_anon_vma(machine, vma.anon_vma)
         mapping = np.where(some(exclusive, fresh), vma.anon_vma, root)
@@ -311,7 +320,7 @@ def _places_of_merged(state: State, number: int, node: int) -> tuple[NDArray[np.
 def ksm_migrate_page(machine: Machine, old: Pfns, new: Pfns, rows: Rows | None = None) -> None:
     """Let merged pages be found at their new frames; ``rows`` are those of ``old``, if known."""
     rows = pfn_to_page(machine, old) if rows is None else rows
-    merged = (alike(machine["page.flags"][rows]) & np.uint32(PG_KSM)) != 0
+    merged = (machine.alike("page.flags", rows) & np.uint32(PG_KSM)) != 0
     if any_of(merged):
         nodes = machine["page.mapping"][page_rows(machine, some(old, merged))]
         machine.write("ksm_node.pfn", nodes.astype(np.int64), some(new, merged))

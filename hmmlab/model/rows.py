@@ -68,7 +68,7 @@ def shifted(rows: slice | NDArray[np.int64], by: int) -> Rows:
     return as_rows(rows + by)
 
 
-def ascend(rows: NDArray[np.int64]) -> bool:
+def ascend(rows: NDArray[np.integer]) -> bool:
     """Whether each row is greater than the one before it."""
     return bool(np.count_nonzero(rows[1:] > rows[:-1]) >= rows.size - 1)
 

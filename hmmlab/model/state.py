@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
+from hmmlab.model.alike import alike
 from hmmlab.model.names import Names
 from hmmlab.model.rows import Rows, first_and_last, unique_rows
 
@@ -142,6 +143,19 @@ class State(Mapping[str, NDArray[Any]]):
         return self._columns.keys() == other._columns.keys() and not self.difference(other)
 
     __hash__ = None  # type: ignore[assignment]  # a state is mutable
+
+    def is_blank(self, name: str, rows: Rows) -> bool:
+        """Whether a column has ``rows``, and nothing was ever written near them: all are zero."""
+        column = self._columns[name]
+        first, last = first_and_last(rows)
+        blocks = column.touched[first >> _BLOCK_SHIFT : (last >> _BLOCK_SHIFT) + 1]
+        return first <= last < column.array.size and not np.count_nonzero(blocks)
+
+    def alike(self, name: str, rows: Rows) -> NDArray[Any]:
+        """``rows`` of a column, one for all where they are alike; not looked at where blank."""
+        if self.is_blank(name, rows):
+            return np.zeros(1, self._columns[name].array.dtype)
+        return alike(self[name][rows])
 
     def put(self, name: str, rows: Rows, values: Any) -> None:
         """Set ``rows`` of the column ``name``, with no record of it."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from hmmlab.model.alike import alike, any_of
+from hmmlab.model.alike import any_of
 from hmmlab.model.entry import Pfns
 from hmmlab.model.geometry import PMD_PAGES, align_down
 from hmmlab.model.lru import folio_add_lru
@@ -138,7 +138,7 @@ def free_swap_cache(machine: Machine, pfns: Pfns) -> None:
 def give_up_swap(machine: Machine, pfns: Pfns, rows: Rows | None = None) -> None:
     """Take frames out of the swap cache where only that and one mapping hold them."""
     rows = pfn_to_page(machine, pfns) if rows is None else rows
-    cached = alike(machine["page.swap"][rows]) != 0
+    cached = machine.alike("page.swap", rows) != 0
     if any_of(cached):
         mine = cached & (machine["page.refcount"][rows] == 2)
         folio_free_swap(machine, unique_rows(pfns[mine]))
@@ -153,8 +153,7 @@ def _read(machine: Machine, slots: Pfns, wanted: int) -> None:
     slots = slots[machine["swap.cache"][slots] == 0]
     if not slots.size:
         return
-    pfns, rows = alloc_pages(machine, slots.size)
-    machine.write("page.content", rows, machine["swap.content"][slots])
+    pfns, rows = alloc_pages(machine, slots.size, content=machine["swap.content"][slots])
     folio_add_lru(machine, pfns, PG_SWAPBACKED, rows=rows)
     ahead = pfns[slots != wanted]
     if ahead.size:

@@ -164,8 +164,8 @@ def _map_swapped(
     pfns = machine["swap.cache"][slots]
     fresh = pfns == 0
     if any_of(fresh):
-        new, pages = alloc_pages(machine, int(fresh.sum()))
-        machine.write("page.content", pages, machine["swap.content"][slots[fresh]])
+        content = machine["swap.content"][slots[fresh]]
+        new, pages = alloc_pages(machine, content.size, content=content)
         folio_add_lru(machine, new, PG_SWAPBACKED, rows=pages)
         pfns[fresh] = new
     get_page(machine, pfns[~fresh])  # the mapping's; a fresh frame has it from the start

@@ -17,7 +17,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from hmmlab.model.alike import alike, some
+from hmmlab.model.alike import some
 from hmmlab.model.entry import PRESENT, Bools, Pfns, Words
 from hmmlab.model.geometry import PMD_PAGES
 from hmmlab.model.lru import lru_add_drain
@@ -115,6 +115,6 @@ class MmuGather:
         self._pages.clear()
 
     def _free(self, pfns: Pfns, rows: Rows) -> None:
-        cached = unique_rows(some(pfns, alike(self.machine["page.swap"][rows]) != 0))
+        cached = unique_rows(some(pfns, self.machine.alike("page.swap", rows) != 0))
         put_page(self.machine, pfns, rows)
         free_swap_cache(self.machine, cached)

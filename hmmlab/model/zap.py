@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from hmmlab.model.alike import alike, all_of, any_of, how_many, not_zero, part_of, rows_where, some
+from hmmlab.model.alike import all_of, any_of, how_many, not_zero, part_of, rows_where, some
 from hmmlab.model.entry import (
     DIRTY,
     SPECIAL,
@@ -121,8 +121,9 @@ def _zap(
         return at if all_of_them else pfn_to_page(machine, some_of_them)
 
     dirty_rows = pages_of(dirty)
-    written = any_of((alike(machine["page.flags"][dirty_rows]) & np.uint32(PG_ANON)) == 0)
-    cached = page_mapping(machine, dirty, dirty_rows)
+    flags = machine.alike("page.flags", dirty_rows)
+    written = any_of((flags & np.uint32(PG_ANON)) == 0)
+    cached = page_mapping(machine, dirty, dirty_rows, flags)
     if any_of(cached):
         set_flags(machine, unique_rows(some(dirty, cached)), PG_DIRTY)
     page_remove_rmap(machine, mapped, huge=huge, rows=at)

@@ -1,5 +1,7 @@
 """Columns: zero means absent, copies are of their own, and equality covers every row."""
 
+from types import SimpleNamespace
+
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
@@ -85,3 +87,43 @@ def test_add_counts_rows_that_repeat_and_is_recorded():
 
 def test_a_small_machine_is_small():
     assert Machine().nbytes < 2 << 20
+
+
+@given(ROWS, ROWS)
+def test_blank_rows_are_all_zero_and_alike_tells_what_stands_there(written, asked):
+    columns, asked = state(), np.array(asked)
+    columns.put("b", 50_000, 0)  # they may all be read
+    columns.put("b", np.array(written), 7)
+    values = columns["b"][asked]
+    found = columns.alike("b", asked)
+    assert np.broadcast_to(found, values.shape).tolist() == values.tolist()
+    assert found.size == 1 or len(set(values.tolist())) > 1
+    if columns.is_blank("b", asked):
+        assert not values.any()
+    else:  # something was written no further away than a block
+        assert set(range(asked.min() >> 12, (asked.max() >> 12) + 1)) & {
+            row >> 12 for row in [*written, 50_000]
+        }
+
+
+def test_what_a_column_does_not_have_is_not_blank():
+    columns = state()
+    assert columns.is_blank("a", slice(0, 4096))
+    assert not columns.is_blank("a", slice(4000, 5000))
+    assert not columns.is_blank("a", slice(0, 0))
+    assert columns.alike("a", slice(0, 0)).size == 0
+
+
+def test_zeros_are_not_written_where_nothing_ever_was():
+    written = []
+    machine = Machine(1024)
+    machine.attach(
+        SimpleNamespace(wrote=lambda column, _, __, new: written.append((column, new.size)))
+    )
+    machine.write("page.private", slice(0, 900), 0)
+    assert written == [] and machine.used("page.private") == 0
+    machine.write("page.private", slice(5, 9), 3)
+    machine.write("page.private", slice(0, 900), 0)
+    machine.write("pte", slice(0, 20_000), 0)  # there is room for them afterwards
+    assert written == [("page.private", 4), ("page.private", 900), ("pte", 20_000)]
+    assert machine["pte"].size >= 20_000 and not machine["page.private"].any()
