@@ -45,7 +45,7 @@ _FREED = (*_FRAME, *_PLACE, "zone.free_list.0")
 _MOVE = (
     *("pte", "pte", *_FREED, "page.content"),
     *(*_FRAME, *_PLACE, "page.private", "dmirror_device.free_list.0"),
-    *("page.refcount", "page.content"),
+    *("page.refcount", "page.content", "page.private"),
 )
 
 #: Columns whose words an operation must read or write for each page, each word once however often

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
+from hmmlab.model.alike import alike
 from hmmlab.model.rows import Rows, ascend, descend, unique_rows
 from hmmlab.model.state import State
 from hmmlab.model.trace import Observer, Trace
@@ -21,11 +22,12 @@ __all__ = ["Door"]
 _MANY = 1024
 
 
-def _kept(values: NDArray[Any]) -> NDArray[Any]:
-    """A copy of some values for whoever listens; of many that are alike, one stands for all."""
-    if values.size >= _MANY and (values == values[0]).all():
-        return np.broadcast_to(values[0], values.shape)
-    return np.array(values)
+def _kept(values: NDArray[Any], *, same: bool = False) -> NDArray[Any]:
+    """A copy of some values for whoever listens; of many that are the same, one stands for all."""
+    if values.size < _MANY:
+        return np.array(values)
+    one = values[:1].copy() if same else alike(values)
+    return np.broadcast_to(one, values.shape) if one.size == 1 else one.copy()
 
 
 def _upwards(rows: Rows, values: Any) -> Rows:
@@ -71,7 +73,7 @@ class Door(State):
             return
         old = _kept(array[rows])
         array[rows] = values
-        self.tell("wrote", column, rows, old, _kept(array[rows]))
+        self.tell("wrote", column, rows, old, _kept(array[rows], same=not np.ndim(values)))
 
     def add(self, column: str, rows: Rows, delta: Any) -> None:
         """Add ``delta`` to ``rows`` of ``column``, once for each time that a row stands there."""

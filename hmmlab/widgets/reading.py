@@ -108,8 +108,10 @@ def cpu_states(state: State, mm: int, start: int, stop: int) -> Codes:
     accessible = (words & entry.PRESENT) != 0
     huge = huge_blocks(state, root, np.arange(start, stop))
     writable = (words & entry.RW) != 0
-    codes[accessible] = np.where(huge, 13, 3)[accessible]
-    codes[accessible & writable] = np.where(huge, 12, 4)[accessible & writable]
+    codes[accessible] = 3
+    codes[accessible & huge] = 13
+    codes[accessible & writable] = 4
+    codes[accessible & writable & huge] = 12
     codes[accessible & ((words & entry.SPECIAL) != 0)] = 2
     codes[~accessible & entry.is_present(words)] = 5
     coherent = accessible & is_zone_device(state, entry.pfn_of(words))

@@ -100,10 +100,9 @@ def test_blank_rows_are_all_zero_and_alike_tells_what_stands_there(written, aske
     assert found.size == 1 or len(set(values.tolist())) > 1
     if columns.is_blank("b", asked):
         assert not values.any()
-    else:  # something was written no further away than a block
-        assert set(range(asked.min() >> 12, (asked.max() >> 12) + 1)) & {
-            row >> 12 for row in [*written, 50_000]
-        }
+    elif asked.max() >> 12 != 50_000 >> 12:  # a write reaches from its first row to its last
+        assert min(written) >> 12 <= asked.max() >> 12
+        assert asked.min() >> 12 <= max(written) >> 12
 
 
 def test_what_a_column_does_not_have_is_not_blank():
