@@ -156,11 +156,11 @@ class MigrateVma:
         return Places(self.vma.row, vpns, rows)
 
     def faulted(self, pfns: Pfns) -> Bools:
-        """Which of ``pfns`` the CPU is faulting on."""
+        """Which of ``pfns`` the CPU is faulting on, or one for all."""
         if not self.fault_pages.size:
-            return np.zeros(pfns.size, np.bool_)
+            return np.array([False])
         if np.array_equal(pfns, self.fault_pages):
-            return np.ones(pfns.size, np.bool_)
+            return np.array([True])
         return np.isin(pfns, self.fault_pages)
 
     def now(self, machine: Machine) -> MigrateVma | None:

@@ -89,8 +89,7 @@ class MmuNotifierRange:
     event
         Why.
     start, end
-        int64 arrays of shape (n,): half-open ranges of page numbers, in the kernel's order. An end
-        is told when it is asked for: of ranges that nobody hears, none.
+        int64 arrays of shape (n,): half-open ranges of page numbers, in the kernel's order.
     owner
         Number of the device that makes the change itself, for MIGRATE and EXCLUSIVE; 0 for none.
     vma
@@ -105,7 +104,7 @@ class MmuNotifierRange:
     mm: int
     event: Event
     start: NDArray[np.int64]
-    _end: NDArray[np.int64] | None  # None for ranges of one page
+    _end: NDArray[np.int64] | None  # of ranges of one page None, until somebody asks
     owner: int = 0
     vma: int = 0
     blockable: bool = True
@@ -124,7 +123,10 @@ class MmuNotifierRange:
     @property
     def end(self) -> NDArray[np.int64]:
         """Where each range ends."""
-        return self.start + 1 if self._end is None else self._end
+        if self._end is None:
+            object.__setattr__(self, "_end", self.start + 1)
+        assert self._end is not None
+        return self._end
 
     @property
     def size(self) -> int:
