@@ -65,6 +65,10 @@ PROT = st.sampled_from(["rw", "rw", "r", "none"])
 PLACE = st.tuples(NUMBER, st.sampled_from([1, 1, 2, 4, 8, 64, 100, 600]), st.integers(0, 20))
 
 
+#: What is wrong where Linux 6.1 leaves a migration entry behind.
+LEFT_FROZEN = "a migration entry is left, and no operation runs"
+
+
 class Watch:
     """An observer that looks at a machine in the middle of its operations."""
 
@@ -105,12 +109,19 @@ class Story(RuleBasedStateMachine):
         tiers = "ABCD"[: "ABCD".index(self.tier) + 1]
         self.verbs = [verb for tier in tiers for verb in VERBS[tier]]
         self.sizes, self.children, self.lines = {}, {}, []
-        self.made = 0
+        self.made, self.over = 0, False
         for device, unit in UNITS[self.tier].items():
             self.tell(f"open {device} {unit}")
 
     def tell(self, line):
-        """One line to every machine: they answer and read alike, and keep the invariants."""
+        """One line to every machine: they answer and read alike, and keep the invariants.
+
+        The reverse mapping of a merged page does not find relatives whom KSM does not know; what it
+        froze of theirs stays so. Linux 6.1 leaves it too (probes/ksm_left_frozen), and stops with a
+        BUG when it looks there: the story is over.
+        """
+        if self.over:
+            return
         self.lines.append(line)
         bulk, *others = (session.do(line) for session in self.sessions.values())
         assert all(other == bulk for other in others), line
@@ -118,7 +129,9 @@ class Story(RuleBasedStateMachine):
         for other in finer:
             assert difference(told, other) == [], line
         for grain in (BULK, 1):
-            assert violations(self.sessions[grain].machine) == [], line
+            said = violations(self.sessions[grain].machine)
+            self.over = said == [LEFT_FROZEN] and any("ksm" in past for past in self.lines)
+            assert said == [] or self.over, line
 
     def new(self, letter):
         self.made += 1
