@@ -13,6 +13,7 @@ from hmmlab.model.entry import (
     SOFT_DIRTY,
     SWP_EXCLUSIVE,
     SWP_SOFT_DIRTY,
+    Bools,
     Pfns,
     is_present,
     swap_word,
@@ -76,13 +77,17 @@ def _shrink(machine: Machine, pfns: Pfns, *, huge: bool = False) -> Routine[None
     pinned = folio_maybe_dma_pinned(machine, pfns)
     stays = outside & pinned
     pfns, lost, outside = pfns[~stays], (anon & lazy)[~stays], outside[~stays]
+    # Each page gets its slot in its turn, one of a file as late as it is written.
+    wanting = outside if anon.all() else outside | _files_to_write(machine, pfns)
+    slots = np.zeros(pfns.size, np.int64)
+    slots[wanting] = folio_alloc_swap(machine, int(wanting.sum()))
     if outside.any():
         chosen = pfns[outside]
-        add_to_swap_cache(machine, chosen, folio_alloc_swap(machine, chosen.size))
+        add_to_swap_cache(machine, chosen, slots[outside])
         set_flags(machine, chosen, PG_DIRTY)
     if pfns.size:
         yield from try_to_unmap(machine, pfns, huge=huge)
-        _write_out(machine, pfns, lost)
+        _write_out(machine, pfns[~lost], slots[~lost])  # lazily freed pages went when unmapped
     yield machine.step(f"{pfns.size} pages were unmapped, and written and freed where possible.")
 
 
@@ -146,18 +151,33 @@ def _unmap(machine: Machine, mm: int, pfns: Pfns, rows: Pfns) -> None:
     put_page(machine, pfns[gone])
 
 
-def _write_out(machine: Machine, pfns: Pfns, lazy: np.ndarray) -> None:
-    """Write and free what nobody but a cache holds (``pageout``, ``__remove_mapping``)."""
-    pfns = pfns[~lazy]  # lazily freed pages went with their last mapping
+def _files_to_write(machine: Machine, pfns: Pfns) -> Bools:
+    """Which pages of files will be written: dirty, and held by their cache and mappings alone."""
+    flags, mapcount = machine["page.flags"][pfns], machine["page.mapcount"][pfns]
+    suited = ((flags & PG_ANON) == 0) & (machine["page.swap"][pfns] == 0)
+    suited &= machine["page.refcount"][pfns] == mapcount + 1
+    dirty = (flags & PG_DIRTY) != 0
+    asked = np.flatnonzero(suited & ~dirty)
+    found = rmap_walk(machine, pfns[asked])
+    written = found.maps & ((machine["pte"][np.maximum(found.row, 0)] & DIRTY) != 0)
+    dirty[asked[found.which[written]]] = True
+    return suited & dirty
+
+
+def _write_out(machine: Machine, pfns: Pfns, slots: Pfns) -> None:
+    """Write and free what nobody but a cache holds (``pageout``, ``__remove_mapping``).
+
+    ``slots`` are for those pages of files that are in no swap yet.
+    """
     alone = (machine["page.mapcount"][pfns] == 0) & (machine["page.refcount"][pfns] == 1)
-    pfns = pfns[alone & page_mapping(machine, pfns)]
+    alone &= page_mapping(machine, pfns)
+    pfns, slots = pfns[alone], slots[alone]
     dirty = (machine["page.flags"][pfns] & PG_DIRTY) != 0
     shmem = dirty & ((machine["page.flags"][pfns] & PG_ANON) == 0)
     shmem &= machine["page.swap"][pfns] == 0
     if shmem.any():
-        slots = folio_alloc_swap(machine, int(shmem.sum()))
-        add_to_swap_cache(machine, pfns[shmem], slots)
-        swap_out_of_cache(machine, pfns[shmem], slots)
+        add_to_swap_cache(machine, pfns[shmem], slots[shmem])
+        swap_out_of_cache(machine, pfns[shmem], slots[shmem])
     written = pfns[dirty]
     slots = machine["page.swap"][written]
     machine.write("swap.content", as_rows(slots), machine["page.content"][written])

@@ -21,7 +21,7 @@ from hmmlab.model.entry import (
 from hmmlab.model.geometry import ENTRIES, LEVEL_PAGES, PAGE_SHIFT
 from hmmlab.model.memremap import is_device_private_page
 from hmmlab.model.mm_types import mm_root
-from hmmlab.model.page import PHYSICAL_PAGES, page_rows
+from hmmlab.model.page import PG_KSM, PHYSICAL_PAGES, page_rows
 
 __all__ = ["difference", "reading"]
 
@@ -30,9 +30,10 @@ _TOLD = (
     *("pgd", "pud", "pmd", "pte", "mm.root", "device_file.root", "table.used", "table.free"),
     *("pgd.free_list", "pud.free_list", "pmd.free_list", "pte.free_list"),
     *("zone.used", "zone.free", "zone.huge", "zone.free_list.0", "zone.free_list.1"),
+    "ksm_node.pfn",
 )
 #: Columns of frames: by one name, and with the frames' own columns behind it.
-_NAMING = ("cache.page", "swap.cache", "held.pfn", "huge_zero.pfn", "hugetlb.head", "ksm_node.pfn")
+_NAMING = ("cache.page", "swap.cache", "held.pfn", "huge_zero.pfn", "hugetlb.head")
 #: Frames that wait in a batch: as many as its count says.
 _BATCHES = ("lru.lazyfree", "lru.mlock")
 _OF_FRAMES = ("refcount", "mapcount", "flags", "content", "mapping", "index", "swap")
@@ -83,6 +84,12 @@ def reading(machine):
         name(f"file {file} frames", device_pfn(words))
     for column in _NAMING:
         name(column, np.trim_zeros(machine[column], "b"))
+    # A node whose merged page has gone waits for the next scan; its frame may be anybody's.
+    nodes = np.flatnonzero(machine["ksm_node.pfn"])
+    rows = page_rows(machine, machine["ksm_node.pfn"][nodes])
+    there = (machine["page.flags"][rows] & PG_KSM != 0) & (machine["page.mapping"][rows] == nodes)
+    told |= {"ksm nodes": nodes, "ksm nodes that are there": nodes[there]}
+    name("ksm_node.pfn", machine["ksm_node.pfn"][nodes[there]])
     for batch in _BATCHES:
         waiting = machine[batch][: int(machine[f"{batch}_count"][0])]
         name(batch, abs(waiting))
