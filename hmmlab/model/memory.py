@@ -31,6 +31,7 @@ from hmmlab.model.entry import (
     is_device_exclusive,
     is_device_private,
     is_present,
+    is_swapped,
     marks_and_pfns,
     marks_of,
     present_word,
@@ -99,32 +100,58 @@ class Faults:
 def audiences(
     machine: Machine, vma: Vma, start: int, stop: int, write: bool
 ) -> Iterable[tuple[int, int]]:
-    """Stretches of pages ``start`` to ``stop - 1`` whose faults the same subscribers hear of.
+    """Stretches of pages ``start`` to ``stop - 1`` whose faults may be taken kind after kind.
 
-    A device does not hear that its own pages come home. Told kind after kind, it would keep the
-    sequence number of another event than page after page; so such faults are taken at once only
-    with their likes.
+    Of each the same subscribers hear: a device does not hear that its own pages come home, and told
+    in another order it would keep the sequence number of another event. And each reads from swap in
+    one way: what is read ahead for a file's page depends on what came home before it.
     """
-    if stop - start < 2 or not mm_has_notifiers(machine, vma.mm):
+    if stop - start < 2:
         return ((start, stop),)
+    cuts: set[int] = set()
+    if mm_has_notifiers(machine, vma.mm):
+        cuts.update(_changes_of_audience(machine, vma, start, stop, write))
+    if vma.file and not vma.flags & VM_SHARED:
+        cuts.update(_changes_of_store(machine, vma, start, stop))
+    return pairwise([start, *sorted(cuts), stop])
+
+
+def _changes_of_audience(
+    machine: Machine, vma: Vma, start: int, stop: int, write: bool
+) -> Iterable[int]:
+    """Pages whose faults others hear of than of those before them."""
     words = look_at_range(machine, mm_root(machine, vma.mm), start, stop)
     marks = marks_of(words)
     private = is_device_private(marks)
     if not any_of(private):
-        return ((start, stop),)
+        return ()
     pfns = swap_offset_pfn(some(words, private))
     kinds = 2 * of_pagemap(machine, "owner", pfns, pfn_to_page(machine, pfns))
     if write:
         kinds = kinds + (swap_type(some(marks, private)) == SWP_DEVICE_READ)  # copied besides
     if all_of(private) and alike(kinds).size == 1:
-        return ((start, stop),)
+        return ()
     kind = is_device_exclusive(words).astype(kinds.dtype)  # of which all hear
     if write:
         kind |= is_present(words) & ((words & np.uint64(RW)) == 0)
     kind[np.broadcast_to(private, kind.shape)] = kinds
+    return _changes(kind, start)
+
+
+def _changes_of_store(machine: Machine, vma: Vma, start: int, stop: int) -> Iterable[int]:
+    """Pages of a private mapping of a file: where its own in swap follow the file's, or precede."""
+    words = look_at_range(machine, mm_root(machine, vma.mm), start, stop)
+    mine = is_swapped(words)
+    if not any_of(mine):
+        return ()
+    return _changes(mine + 2 * (words == 0), start)
+
+
+def _changes(kind: NDArray[np.integer], start: int) -> Iterable[int]:
+    """Pages, from ``start`` on, whose ``kind`` is not that of the last before them that has one."""
     telling = np.flatnonzero(kind)
-    cuts = start + telling[1:][np.diff(kind[telling]) != 0]
-    return pairwise([start, *cuts.tolist(), stop])
+    changes: list[int] = (start + telling[1:][np.diff(kind[telling]) != 0]).tolist()
+    return changes
 
 
 @kernel("mm/memory.c")
