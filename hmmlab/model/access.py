@@ -31,8 +31,8 @@ from hmmlab.model.hugetlb import hugetlb_fault
 from hmmlab.model.lru import lru_add_drain
 from hmmlab.model.machine import KernelError, Machine, Routine, kernel
 from hmmlab.model.memory import (
-    audiences,
     brought_by_first_window,
+    commuting_faults,
     fault_around_window,
     handle_mm_fault,
 )
@@ -166,7 +166,7 @@ def _touch(
     Returns the words, maybe a view, and their marks.
     """
     parts = []
-    for low, high in audiences(machine, vma, start, stop, write):
+    for low, high in commuting_faults(machine, vma, start, stop, write):
         words, marks = yield from _touch_alike(machine, vma, low, high, write, fault, split=split)
         if (low, high) == (start, stop):
             return words, marks

@@ -24,13 +24,7 @@ from hmmlab.model.entry import (
     present_word,
 )
 from hmmlab.model.geometry import PMD_PAGES
-from hmmlab.model.lru import (
-    drain_new,
-    lru_add_drain,
-    mlock_pages,
-    off_lru,
-    waits_new,
-)
+from hmmlab.model.lru import drain_new, lru_add_drain, mlock_pages, off_lru, waits_new
 from hmmlab.model.machine import Machine, Routine, kernel
 from hmmlab.model.mm_types import VM_LOCKED, VM_SHARED, VM_WRITE, Vma, vm_page_prot
 from hmmlab.model.mmu_notifier import (

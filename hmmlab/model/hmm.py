@@ -38,7 +38,7 @@ from hmmlab.model.entry import (
 from hmmlab.model.geometry import LEVEL_PAGES, LEVEL_SHIFT, PMD_PAGES, align_down
 from hmmlab.model.huge_memory import hugepage_vma_check
 from hmmlab.model.machine import BLOCK, BULK, KernelError, Machine, Routine, kernel
-from hmmlab.model.memory import audiences, handle_mm_fault
+from hmmlab.model.memory import commuting_faults, handle_mm_fault
 from hmmlab.model.memremap import of_pagemap
 from hmmlab.model.mm_types import (
     VM_HUGETLB,
@@ -431,7 +431,7 @@ def hmm_vma_fault(machine: Machine, vma: Vma, start: int, end: int, write: bool)
         raise KernelError(_EPERM, f"{place}: the mapping is {vma.permissions}")
     for first, last in machine.chunks(start, end):
         with machine.bulk(last - first):
-            for low, high in audiences(machine, vma, first, last, write):
+            for low, high in commuting_faults(machine, vma, first, last, write):
                 try:
                     yield from handle_mm_fault(
                         machine, vma_at(machine, vma.row), np.arange(low, high), write, remote=True

@@ -51,14 +51,7 @@ from hmmlab.model.hugetlb import hugetlb_fault
 from hmmlab.model.lru import mlock_new_pages
 from hmmlab.model.machine import KernelError, Machine, Routine, kernel
 from hmmlab.model.memremap import of_pagemap
-from hmmlab.model.mm_types import (
-    VM_HUGETLB,
-    VM_SHARED,
-    Vma,
-    mm_root,
-    vm_page_prot,
-    vma_at,
-)
+from hmmlab.model.mm_types import VM_HUGETLB, VM_SHARED, Vma, mm_root, vm_page_prot, vma_at
 from hmmlab.model.mmu_notifier import mm_has_notifiers
 from hmmlab.model.page import PG_DIRTY, ZERO_PFN, page_rows, pfn_to_page, set_flags, some_rows
 from hmmlab.model.page_alloc import alloc_pages
@@ -77,8 +70,8 @@ from hmmlab.model.swap_fault import do_swap_page
 
 __all__ = [
     "Faults",
-    "audiences",
     "brought_by_first_window",
+    "commuting_faults",
     "fault_around_window",
     "handle_mm_fault",
 ]
@@ -97,7 +90,7 @@ class Faults:
     remote: bool
 
 
-def audiences(
+def commuting_faults(
     machine: Machine, vma: Vma, start: int, stop: int, write: bool
 ) -> Iterable[tuple[int, int]]:
     """Stretches of pages ``start`` to ``stop - 1`` whose faults may be taken kind after kind.

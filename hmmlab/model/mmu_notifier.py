@@ -123,10 +123,11 @@ class MmuNotifierRange:
     @property
     def end(self) -> NDArray[np.int64]:
         """Where each range ends."""
-        if self._end is None:
-            object.__setattr__(self, "_end", self.start + 1)
-        assert self._end is not None
-        return self._end
+        end = self._end
+        if end is None:
+            end = self.start + 1
+            object.__setattr__(self, "_end", end)
+        return end
 
     @property
     def size(self) -> int:

@@ -173,8 +173,7 @@ def _write_out(machine: Machine, pfns: Pfns, slots: Pfns) -> None:
     alone &= page_mapping(machine, pfns)
     pfns, slots = pfns[alone], slots[alone]
     dirty = (machine["page.flags"][pfns] & PG_DIRTY) != 0
-    shmem = dirty & ((machine["page.flags"][pfns] & PG_ANON) == 0)
-    shmem &= machine["page.swap"][pfns] == 0
+    shmem = (slots > 0) & (machine["page.swap"][pfns] == 0)
     if shmem.any():
         add_to_swap_cache(machine, pfns[shmem], slots[shmem])
         swap_out_of_cache(machine, pfns[shmem], slots[shmem])
